@@ -1,0 +1,95 @@
+"""The baselines that every paper compares with: mean, max, attention and LSTM over frame vectors.
+
+Maps are average-pooled to one vector per frame first. The papers agree on mean and max pooling; the width of the LSTM
+and the form of the attention are ours (one linear score per frame, no bias: a constant would cancel in the softmax).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import (
+    Aggregator,
+    Details,
+    at_least_float32,
+    compaction_order,
+    frame_vectors,
+    masked_mean,
+    masked_softmax,
+    take_frames,
+    uniform_weights,
+    weighted_sum,
+)
+from .registry import register_aggregator
+
+__all__ = ["LSTM", "Attention", "Max", "Mean"]
+
+
+@register_aggregator("mean")
+class Mean(Aggregator):
+    """Temporal average pooling: the mean of the real frames' vectors, D = C."""
+
+    def __init__(self, in_features: int):
+        super().__init__(in_features, in_features)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        return Details(masked_mean(frame_vectors(features), mask), mask, uniform_weights(mask, features), {}, {})
+
+
+@register_aggregator("max")
+class Max(Aggregator):
+    """Temporal max pooling, channel by channel, D = C. A frame's weight is the share of channels that it wins."""
+
+    def __init__(self, in_features: int):
+        super().__init__(in_features, in_features)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        vectors = frame_vectors(features).masked_fill(~mask[..., None], float("-inf"))
+        embedding, winner = vectors.max(1)
+        won = winner[:, None] == torch.arange(mask.shape[1], device=mask.device)[:, None]
+        return Details(embedding, mask, at_least_float32(won.to(vectors.dtype)).mean(2), {}, {})
+
+
+@register_aggregator("attention")
+class Attention(Aggregator):
+    """One linear score per frame, softmax over the real frames, weighted sum: D = C."""
+
+    def __init__(self, in_features: int):
+        super().__init__(in_features, in_features)
+        self.score = nn.Linear(in_features, 1, bias=False)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        vectors = frame_vectors(features)
+        weights = masked_softmax(self.score(vectors).squeeze(-1), mask)
+        return Details(weighted_sum(vectors, weights), mask, weights, {}, {})
+
+
+@register_aggregator("lstm")
+class LSTM(Aggregator):
+    """A one-layer LSTM over the real frames in order; the embedding is the mean of its outputs.
+
+    The cell is written out (gates in torch's order i, f, g, o): ``nn.LSTM`` does not compile into one graph.
+
+    Args:
+        in_features: C.
+        hidden_features: the width of the state, D.
+    """
+
+    is_recurrent = True
+
+    def __init__(self, in_features: int, hidden_features: int = 512):
+        super().__init__(in_features, hidden_features)
+        self.input = nn.Linear(in_features, 4 * hidden_features)
+        self.recurrent = nn.Linear(hidden_features, 4 * hidden_features, bias=False)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        order = compaction_order(mask)
+        from_input = self.input(take_frames(frame_vectors(features), order))
+        h = c = from_input.new_zeros(from_input.shape[0], self.num_features)
+        outputs = []
+        for t in range(from_input.shape[1]):
+            i, f, g, o = (from_input[:, t] + self.recurrent(h)).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        embedding = masked_mean(torch.stack(outputs, 1), mask.gather(1, order))
+        return Details(embedding, mask, uniform_weights(mask, features), {}, {})
