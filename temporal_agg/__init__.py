@@ -10,3 +10,12 @@ from .aggregators import (
 )
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Aggregator",
+    "ClipConfig",
+    "Details",
+    "create_aggregator",
+    "list_aggregators",
+    "register_aggregator",
+]

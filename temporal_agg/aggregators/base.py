@@ -71,7 +71,12 @@ class Aggregator(nn.Module):
         self.num_features = num_features
 
     def forward(
-        self, features: Tensor, mask: Tensor | None = None, *, frames: Tensor | None = None, return_details: bool = False
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        *,
+        frames: Tensor | None = None,
+        return_details: bool = False,
     ) -> Tensor | Details:
         """Aggregates the frames of each clip.
 
@@ -110,7 +115,7 @@ class Aggregator(nn.Module):
         if features.dim() not in ((5,) if self.needs_maps else (3, 5)):
             raise ValueError(f"{name}: features must have the shape {wanted}, got {list(features.shape)}.")
         B, T, C = features.shape[:3]
-        if C != self.in_features:
+        if self.in_features != C:
             raise ValueError(
                 f"{name}: expected C = in_features = {self.in_features} channels in dimension 2 of {wanted}, got {C} "
                 f"in {list(features.shape)}. Build the aggregator with in_features={C}, or move the channels there."
@@ -125,7 +130,9 @@ class Aggregator(nn.Module):
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"{name}: mask must be a bool tensor (True = a real frame), got {got}; use mask.bool().")
+                raise TypeError(
+                    f"{name}: mask must be a bool tensor (True = a real frame), got {got}; use mask.bool()."
+                )
             if mask.shape != (B, T):
                 raise ValueError(f"{name}: mask must have the shape [B, T] = {[B, T]}, got {list(mask.shape)}.")
             if not torch.compiler.is_compiling() and not mask.any(1).all():
@@ -166,9 +173,11 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
         values = at_least_float32(x)
         if not self.training:
             flat = values.flatten(0, lead - 1)
-            return F.batch_norm(
-                flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            ).view(x.shape).to(x.dtype)
+            return (
+                F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+                .view(x.shape)
+                .to(x.dtype)
+            )
 
         if x.numel() == x.shape[lead]:
             raise ValueError(
@@ -228,7 +237,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def uniform_weights(mask: Tensor, like: Tensor) -> Tensor:
-    """The frame weights of an average, 1 / (real frames) each: ``[B, T]`` in the type of ``like`` (at least float32)."""
+    """The frame weights of an average, 1 / (real frames): ``[B, T]`` in the type of ``like``, at least float32."""
     weights = at_least_float32(mask.to(like.dtype))
     return weights / weights.sum(1, keepdim=True)
 

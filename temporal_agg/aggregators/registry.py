@@ -88,7 +88,9 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
     options = aggregator_options(name)
     unknown = sorted(set(kwargs) - set(options))
     if unknown:
-        raise TypeError(f"aggregator {name!r} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}.")
+        raise TypeError(
+            f"aggregator {name!r} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}."
+        )
     aggregator = entry.build(in_features, **kwargs)
     aggregator.config = {"name": name, "in_features": in_features, **kwargs}
     return aggregator

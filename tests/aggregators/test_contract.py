@@ -122,9 +122,7 @@ def test_masked_clip_equals_the_clip_of_its_real_frames(aggregator):
     real, extra = inputs(aggregator, B=len(counts), T=T, dtype=torch.float64)
     for seed in range(3):
         mask = holes(T, counts, seed)
-        got = aggregator(
-            place(real, mask), mask, return_details=True, **{k: place(v, mask) for k, v in extra.items()}
-        )
+        got = aggregator(place(real, mask), mask, return_details=True, **{k: place(v, mask) for k, v in extra.items()})
         assert torch.equal(got.mask, mask)
         assert (got.frame_weights[~mask] == 0).all()
         for b, n in enumerate(counts):
@@ -222,7 +220,9 @@ def test_bfloat16_autocast(aggregator):
 def test_channels_last(aggregator):
     features, extra = inputs(aggregator)
     flat = features.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(aggregator(flat.unflatten(0, features.shape[:2]), **extra), aggregator(features, **extra))
+    torch.testing.assert_close(
+        aggregator(flat.unflatten(0, features.shape[:2]), **extra), aggregator(features, **extra)
+    )
 
 
 def test_eval_is_deterministic_and_changes_nothing(aggregator):
