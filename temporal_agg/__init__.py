@@ -1,5 +1,6 @@
 """Temporal aggregators for video person re-identification, over the frame features of any timm backbone."""
 
+from . import data, losses, retrieval
 from .aggregators import (
     Aggregator,
     ClipConfig,
@@ -8,14 +9,55 @@ from .aggregators import (
     list_aggregators,
     register_aggregator,
 )
+from .aggregators.fgra import FGRA, GAM, SpatialAttention, TemporalAlignment, TemporalAttention
+from .aggregators.gltr import DTP, GLTR, TSA
+from .aggregators.grl import EMU, GCE, GRL, TRL
+from .aggregators.gsta import GSTA, ConvLSTM
+from .aggregators.loga import GCQ, LAQ, LOGA
+from .data import Tracklet
+from .inference import embed_tracklets
+from .losses import create_criterion, list_criteria
+from .models import FrameEncoder, TrackletModel, create_model, list_models
+from .models.star import LSTA
+from .retrieval import evaluate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DTP",
+    "EMU",
+    "FGRA",
+    "GAM",
+    "GCE",
+    "GCQ",
+    "GLTR",
+    "GRL",
+    "GSTA",
+    "LAQ",
+    "LOGA",
+    "LSTA",
+    "TRL",
+    "TSA",
     "Aggregator",
     "ClipConfig",
+    "ConvLSTM",
     "Details",
+    "FrameEncoder",
+    "SpatialAttention",
+    "TemporalAlignment",
+    "TemporalAttention",
+    "Tracklet",
+    "TrackletModel",
     "create_aggregator",
+    "create_criterion",
+    "create_model",
+    "data",
+    "embed_tracklets",
+    "evaluate",
     "list_aggregators",
+    "list_criteria",
+    "list_models",
+    "losses",
     "register_aggregator",
+    "retrieval",
 ]

@@ -95,7 +95,7 @@ class Aggregator(nn.Module):
         """
         self._check(features, mask, frames)
         if mask is None:
-            mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+            mask = all_real(features)
         else:
             features = zero_padding(features, mask)
             frames = frames if frames is None else zero_padding(frames, mask)
@@ -152,7 +152,18 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
 
     It is not a ``_BatchNorm`` to torch, so that ``convert_sync_batchnorm`` (whose layers know no mask) leaves it alone.
     Moments are taken in at least float32, the mean first and then the centred second moment.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: the step of the running statistics.
+        bias: False leaves the shift out, where what follows would cancel it.
     """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, bias: bool = True):
+        super().__init__(num_features, eps, momentum)
+        if not bias:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalises each channel.
@@ -195,19 +206,24 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
         centred = values - mean.view(channel)
         var = torch.where(real, centred, 0).square().sum(dims) / divisor
         self.update(mean, var, count)
-        y = centred * torch.rsqrt(var + self.eps).view(channel)
-        if self.affine:
-            y = y * self.weight.view(channel) + self.bias.view(channel)
+        y = centred * torch.rsqrt(var + self.eps).view(channel) * self.weight.view(channel)
+        if self.bias is not None:
+            y = y + self.bias.view(channel)
         return y.to(x.dtype)
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Moves the running statistics towards moments over ``count`` entries; ``count == 0`` leaves them alone."""
-        step = self.momentum * (count > 0)
-        unbiased = var * (count / (count - 1).clamp(min=1))
+        step = self.momentum * (count > 0).to(mean.dtype)
+        unbiased = var * count / (count - 1).clamp(min=1)
         self.running_mean += step * (mean - self.running_mean)
         self.running_var += step * (unbiased - self.running_var)
         self.num_batches_tracked += count > 0
+
+
+def all_real(x: Tensor) -> Tensor:
+    """The mask of clips ``x`` ``[B, T, ...]`` without padding."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ class LSTM(Aggregator):
         from_input = self.input(take_frames(frame_vectors(features), order))
         h = c = from_input.new_zeros(from_input.shape[0], self.num_features)
         outputs = []
-        for t in range(from_input.shape[1]):
-            i, f, g, o = (from_input[:, t] + self.recurrent(h)).chunk(4, -1)
+        for from_x in from_input.unbind(1):
+            i, f, g, o = (from_x + self.recurrent(h)).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs.append(h)

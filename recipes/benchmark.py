@@ -1,0 +1,401 @@
+"""What aggregators cost: milliseconds and peak memory, against their papers' formulas taken literally.
+
+    python recipes/benchmark.py aggregators                                      # all of them; maps of 256x128 frames
+    python recipes/benchmark.py aggregators --names gsta,grl --device cuda --dtype bfloat16 --out bench.json
+    python recipes/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
+    python recipes/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
+
+Forward is in evaluation mode without gradients; forward + backward in training mode, with gradients for the maps and
+all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/literal.py) and of mean
+pooling alternate, so that a busy machine is busy for all of them. Half precision is autocast, on maps of that type.
+
+The backbone runs on one batch of --batch x --frames frames, and the share compares time per frame: LOGA takes clips of
+ten frames whatever --frames says. Where the maps asked for need it, the stride of a ResNet's last stage is removed.
+
+Peak memory is what a call adds to what was there before it (parameters, inputs); gradients count. On a GPU it is what
+torch allocates; on a CPU (Linux only) how much the resident memory of a fresh process grows, to about 1 MB.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import literal
+import torch
+import yaml
+from torch import Tensor, nn
+
+import temporal_agg
+from temporal_agg.aggregators import create_aggregator, list_aggregators
+
+MODES = {"forward": False, "forward + backward": True}
+Case = tuple[str, str, argparse.Namespace]  # what, name and settings, as build() takes them
+
+
+class Work:
+    """A module on inputs that are there already; each run is one forward pass, in training with a backward pass.
+
+    Args:
+        module: whose mode and gradients are managed.
+        call: the forward pass.
+        leaves: tensors that get gradients in training, beside the module's parameters.
+        frames: how many one run processes.
+        args: the command's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable[[], Tensor],
+        leaves: list[Tensor],
+        frames: int,
+        args: argparse.Namespace,
+    ):
+        self.module, self.call, self.leaves, self.frames, self.args = module, call, leaves, frames, args
+
+    def prepare(self, train: bool) -> None:
+        self.module.train(train)
+        for tensor in [*self.leaves, *self.module.parameters()]:
+            tensor.grad = None
+
+    def run(self) -> None:
+        train = self.module.training
+        autocast = torch.autocast(self.args.device, getattr(torch, self.args.dtype), enabled=is_half(self.args))
+        with torch.set_grad_enabled(train), autocast:
+            output = self.call()
+        if train:
+            output.backward(torch.ones_like(output))
+
+
+def build(what: str, name: str, args: argparse.Namespace) -> Work:
+    """``what``: an aggregator, its literal form, a backbone, or a whole model."""
+    torch.manual_seed(0)
+    size = image_size(args)
+    inputs = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    weights = {"device": args.device, "dtype": torch.float32 if is_half(args) else inputs["dtype"]}
+
+    if what in ("aggregator", "literal"):
+        aggregator = create_aggregator(name, args.channels, **args.options).to(**weights)
+        T = aggregator.clip_length or args.frames
+        features = torch.rand(args.batch, T, args.channels, args.height, args.width, **inputs).requires_grad_()
+        frames = torch.randn(args.batch, T, 3, *size, **inputs) if aggregator.needs_frames else None
+        call, leaves = literal.prepared(aggregator) if what == "literal" else (aggregator, [])
+        return Work(aggregator, lambda: call(features, frames=frames), [features, *leaves], args.batch * T, args)
+
+    if what == "backbone":
+        encoder = temporal_agg.FrameEncoder(name, img_size=size).to(**weights)
+        if encoder.has_last_stride and args.height * encoder.backbone.feature_info[-1]["reduction"] > size[0]:
+            encoder.remove_last_stride()
+        frames = torch.randn(args.batch * args.frames, 3, *size, **inputs)
+        return Work(encoder, lambda: encoder(frames), [], len(frames), args)
+
+    model = temporal_agg.create_model(name, img_size=size, **args.options).to(**weights)
+    T = model.aggregator.clip_length or args.frames
+    clips = torch.randn(args.batch, T, 3, *size, **inputs)
+    flow = torch.randn(args.batch, T, 2, *size, **inputs) if model.encoder.uses_flow else None
+    return Work(model, lambda: model(clips, flow=flow), [], args.batch * T, args)
+
+
+def is_half(args: argparse.Namespace) -> bool:
+    return args.dtype in ("bfloat16", "float16")
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    height, width = map(int, args.size.lower().split("x"))
+    return height, width
+
+
+def changed(args: argparse.Namespace, **values) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def milliseconds(works: dict[str, Work], train: bool, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Every work ``repeats`` times, in turns, after one run to warm up."""
+    times = {key: [] for key in works}
+    for repeat in range(args.repeats + 1):
+        for key, work in works.items():
+            work.prepare(train)
+            synchronize(args)
+            start = time.perf_counter()
+            work.run()
+            synchronize(args)
+            if repeat > 0:
+                times[key].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(cases: list[Case]) -> list[dict[str, float | None]]:
+    """The peak in MB of each case by mode; None where it could not be measured."""
+    runs = [(what, name, vars(args), train) for what, name, args in cases for train in MODES.values()]
+    if cases[0][2].device == "cuda":
+        peaks = [peak_on_gpu(*run) for run in runs]
+    elif sys.platform == "linux":
+        # With a fixed threshold, large tensors go back to the system when they are freed.
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "_peak", json.dumps(runs)]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        peaks = [json.loads(line) for line in done.stdout.splitlines()]
+    else:
+        peaks = [None] * len(runs)
+    return [dict(zip(MODES, peaks[i : i + len(MODES)], strict=True)) for i in range(0, len(peaks), len(MODES))]
+
+
+def peak_on_gpu(what: str, name: str, args: dict, train: bool) -> float:
+    work = build(what, name, argparse.Namespace(**args))
+    for _ in range(2):  # the first brings in what stays: kernels, workspaces
+        work.prepare(train)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work.run()
+        torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def peak_on_cpu(what: str, name: str, args: dict, train: bool) -> float:
+    args = argparse.Namespace(**args)
+    torch.set_num_threads(args.threads)
+    small = build(what, name, changed(args, batch=2, frames=1))
+    small.prepare(train)
+    small.run()  # brings in what stays: kernels, threads
+    del small
+    work = build(what, name, args)
+    work.prepare(train)
+    gc.collect()
+    # The high-water mark of getrusage is inherited from the process that started this one; this one starts anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    work.run()
+    return high_water() - before
+
+
+def high_water() -> float:
+    """The largest resident memory so far, in MB."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def peak_command(args: argparse.Namespace) -> None:
+    """Measures each case in a process of its own and prints one JSON value a line.
+
+    The processes are forked from this one, which has imported everything and computed nothing.
+    """
+    for case in json.loads(args.cases):
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(peak_on_cpu(*case)), flush=True)
+                os._exit(0)
+            except BaseException as error:
+                print(f"{case[0]} {case[1]}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(1)
+        if os.waitpid(child, 0)[1] != 0:  # out of memory, for instance
+            print("null", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Aggregators and systems
+
+
+def measure(what: str, name: str, args: argparse.Namespace, backbone: dict | None) -> tuple[dict, dict[str, Case]]:
+    """One row of the table, but for the memory; and the cases that it compares."""
+    print(f"time: {name}", file=sys.stderr, flush=True)
+    cases = {"ours": (what, name, args)}
+    works = {"ours": build(*cases["ours"])}
+    module, frames = works["ours"].module, works["ours"].frames
+    T = frames // args.batch
+    if what == "aggregator":
+        if literal.exists(module):
+            cases["literal"] = ("literal", name, args)
+        cases["mean"] = (what, "mean", changed(args, frames=T, options={}))
+    else:
+        encoder = module.encoder.config
+        same = {"last_stride": encoder["last_stride"]}
+        cases["mean"] = (what, f"mean_{encoder['backbone']}", changed(args, frames=T, options=same))
+    works |= {key: build(*case) for key, case in cases.items() if key != "ours"}
+
+    row = {"name": name, "what": what, "frames": T, "options": args.options}
+    row["parameters"] = sum(p.numel() for p in module.parameters())
+    for mode, train in MODES.items():
+        times = milliseconds(works, train, args)
+        median = {key: statistics.median(values) for key, values in times.items()}
+        row[mode] = {"ms": median, "all_ms": times, "times_mean": median["ours"] / median["mean"]}
+        if "literal" in median:
+            row[mode]["speedup"] = median["literal"] / median["ours"]
+        if backbone is not None and what == "aggregator":
+            row[mode]["backbone_share"] = median["ours"] / frames / backbone[mode]["ms_per_frame"]
+    return row, cases
+
+
+def measure_backbone(args: argparse.Namespace) -> dict:
+    print(f"time: {args.backbone}", file=sys.stderr, flush=True)
+    work = build("backbone", args.backbone, args)
+    with torch.no_grad():
+        maps = list(work.call().shape[1:])
+    if maps != [args.channels, args.height, args.width]:
+        print(f"note: the maps of {args.backbone} are {maps}, the aggregators get others", file=sys.stderr)
+    result = {"name": args.backbone, "maps": maps, "frames": work.frames}
+    for mode, train in MODES.items():
+        times = milliseconds({"backbone": work}, train, args)["backbone"]
+        median = statistics.median(times)
+        result[mode] = {"ms": median, "all_ms": times, "ms_per_frame": median / work.frames}
+    return result
+
+
+def environment(args: argparse.Namespace) -> dict:
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+        device = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.machine())
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "tf32": args.device == "cuda" and torch.backends.cudnn.allow_tf32,
+        "torch": torch.__version__,
+        "temporal_agg": temporal_agg.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: list[dict], mode: str) -> str:
+    columns = (
+        ("", "T", ""),
+        ("ours", "ms", ".2f"),
+        ("literal", "ms", ".2f"),
+        ("literal", "/ ours", ".2f"),
+        ("mean", "ms", ".2f"),
+        ("ours", "/ mean", ".1f"),
+        ("ours /", "backbone", ".1%"),
+        ("ours", "MB", ".1f"),
+        ("literal", "MB", ".1f"),
+        ("literal", "/ ours", ".2f"),
+        ("mean", "MB", ".1f"),
+    )
+    width = max(len(mode), *(len(row["name"]) for row in rows))
+    lines = [" " * width + "".join(f"{c[0]:>10}" for c in columns), f"{mode:{width}}"]
+    lines[1] += "".join(f"{c[1]:>10}" for c in columns)
+    for row in rows:
+        of = row[mode]
+        ms, mb = of["ms"], of.get("peak_mb", {})
+        ratio = mb["literal"] / mb["ours"] if mb.get("literal") and mb.get("ours") else None
+        values = (row["frames"], ms["ours"], ms.get("literal"), of.get("speedup"), ms["mean"], of["times_mean"])
+        values += (of.get("backbone_share"), mb.get("ours"), mb.get("literal"), ratio, mb.get("mean"))
+        cells = ("-" if v is None else format(v, c[2]) for v, c in zip(values, columns, strict=True))
+        lines.append(f"{row['name']:{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def aggregators_command(args: argparse.Namespace) -> dict:
+    torch.set_num_threads(args.threads)
+    backbone = measure_backbone(args) if args.backbone != "none" and args.names else None
+    measured = [measure("aggregator", name, args, backbone) for name in args.names]
+    measured += [measure("model", name, changed(args, options={}), None) for name in args.systems]
+    rows = [row for row, _ in measured]
+    if args.memory:
+        peaks = iter(peak_memory([case for _, cases in measured for case in cases.values()]))
+        for row, cases in measured:
+            for key in cases:
+                for mode, peak in next(peaks).items():
+                    row[mode].setdefault("peak_mb", {})[key] = peak
+
+    about = environment(args)
+    print(
+        f"{about['device']}, {about['threads']} threads, {about['dtype']}{' (TF32 convolutions)' * about['tf32']}, "
+        f"torch {about['torch']}; B = {args.batch}, maps {args.channels} x {args.height} x {args.width}, "
+        f"median of {args.repeats}"
+    )
+    if backbone is not None:
+        maps = " x ".join(map(str, backbone["maps"]))
+        ms = ", ".join(f"{mode} {backbone[mode]['ms']:.1f} ms" for mode in MODES)
+        print(f"backbone {backbone['name']}, {backbone['frames']} frames {args.size} to maps {maps}: {ms}")
+    for mode in MODES:
+        print("\n" + table(rows, mode))
+    result = {"environment": about, "settings": vars(args), "backbone": backbone, "rows": rows}
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    about, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="aggregators")
+
+    text = "time and memory of aggregators, and of whole models"
+    sub = commands.add_parser(
+        "aggregators", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    every = ",".join(list_aggregators())
+    sub.add_argument("--names", default=every, help="aggregators, by comma; an empty string for none")
+    sub.add_argument("--systems", default="", help="whole models, by comma, such as star_resnet50")
+    sub.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of the aggregators")
+    sub.add_argument("--batch", type=int, default=8, help="clips in a batch")
+    sub.add_argument("--frames", type=int, default=8, help="frames of a clip")
+    sub.add_argument("--channels", type=int, default=2048, help="of the maps")
+    sub.add_argument("--height", type=int, default=16, help="of the maps")
+    sub.add_argument("--width", type=int, default=8, help="of the maps")
+    sub.add_argument("--size", default="256x128", help="height x width of a frame in pixels")
+    sub.add_argument("--backbone", default="resnet50", help="a timm model, or none")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="type")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs")
+    sub.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    sub.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
+    sub.add_argument("--out", help="a JSON file for all numbers, every single time included")
+    sub.set_defaults(command=aggregators_command)
+
+    hidden = commands.add_parser("_peak")
+    hidden.add_argument("cases")
+    hidden.set_defaults(command=peak_command)
+
+    args = parser.parse_args(argv)
+    if args.command is aggregators_command:
+        args.names, args.systems = ([n for n in names.split(",") if n] for names in (args.names, args.systems))
+        if not args.names + args.systems:
+            sub.error("nothing to measure: pass --names or --systems")
+        if any("=" not in item for item in args.options):
+            sub.error(f"--options takes KEY=VALUE, got {' '.join(args.options)}")
+        args.options = {k: yaml.safe_load(v) for k, v in (item.split("=", 1) for item in args.options)}
+        try:
+            image_size(args)
+        except ValueError:
+            sub.error(f"--size must be HEIGHTxWIDTH, such as 256x128, got {args.size!r}")
+        for name in args.names:
+            try:
+                create_aggregator(name, 32, **args.options)
+            except (TypeError, ValueError) as error:
+                sub.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    command = args.command
+    del args.command
+    return command(args)
+
+
+if __name__ == "__main__":
+    main()

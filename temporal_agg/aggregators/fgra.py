@@ -1,0 +1,348 @@
+"""FGRA: Chen et al., "Frame-Guided Region-Aligned Representation for Video Person Re-Identification", AAAI 2020.
+
+The first frame's stripes are templates; every frame is searched for them channel by channel (GAM), the aligned regions
+are summed over time by their similarity to the template, then over regions; a global branch stands beside them.
+
+The similarity maps ``[B, T, N_s, C, H, W]`` are never built. A template is one number per channel, so a similarity map
+is a scaled feature map: its BatchNorm moments follow from each frame's mean and variance, and what is used of it are
+two means over ``sigmoid(slope * map + offset)``.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import (
+    Aggregator,
+    Details,
+    MaskedBatchNorm,
+    all_real,
+    at_least_float32,
+    compaction_order,
+    masked_mean,
+    masked_softmax,
+    take_frames,
+    uniform_weights,
+)
+from .registry import ClipConfig, register_aggregator
+
+__all__ = ["FGRA", "GAM", "SpatialAttention", "TemporalAlignment", "TemporalAttention"]
+
+
+class GAM(nn.Module):
+    """Guide alignment module: region-aligned features and similarity scores (Eqs. 1, 2, 5).
+
+    Peak memory is a few feature maps for any number of regions, forward and backward: the gates of one region are
+    computed, used and forgotten, and computed again in the backward pass (compiled by Inductor, the backward pass may
+    keep up to one map a region). One affine BatchNorm serves all regions; in training its moments, and the running
+    statistics, are those over all real frames, regions and pixels (the paper does not say how regions share it; ours).
+
+    Args:
+        num_features: C, the channels of maps and templates.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.norm = MaskedBatchNorm(num_features)
+
+    def forward(self, maps: Tensor, templates: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Aligns every frame with every template of its clip.
+
+        Args:
+            maps: ``[B, T, C, H, W]``; padding must be finite.
+            templates: ``[B, N_s, C]``.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real.
+
+        Returns:
+            The aligned features F ``[B, T, N_s, C]`` in the type of ``maps``, and the scores s ``[B, T, N_s, C]``,
+            between 0 and 1, at least float32. Entries of padded frames mean nothing.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or training on one value per channel.
+        """
+        if maps.dim() != 5 or templates.dim() != 3 or templates.shape[::2] != maps.shape[:3:2]:
+            raise ValueError(
+                "expected maps [B, T, C, H, W] and templates [B, N_s, C], got "
+                f"{list(maps.shape)} and {list(templates.shape)}."
+            )
+        norm = self.norm
+        templates = at_least_float32(templates)
+        if self.training:
+            mean, var = self._moments(maps, templates, mask)
+        else:
+            mean, var = norm.running_mean, norm.running_var
+        scale = norm.weight * torch.rsqrt(at_least_float32(var) + norm.eps)
+        # Eq. 1 and the BatchNorm: scale * (template * map - mean) + bias.
+        regions, scores = _GatedMeans.apply(maps, templates * scale, norm.bias - mean * scale)
+        return regions.to(maps.dtype), scores
+
+    def _moments(self, maps: Tensor, templates: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """BatchNorm's mean and biased variance of all similarity maps, ``[C]`` each; moves the running statistics."""
+        B, T, _, H, W = maps.shape
+        N = templates.shape[1]
+        if B * T * N * H * W == 1:
+            raise ValueError(
+                f"BatchNorm needs more than one value per channel in training, got maps {list(maps.shape)} and one "
+                "region: use batches of at least two clips, or call .eval()."
+            )
+        if mask is None:
+            mask = all_real(maps)
+        real, frames = mask[:, :, None, None], mask.sum()
+        frame_mean, frame_var = (moment.unsqueeze(2) for moment in _FrameMoments.apply(maps))
+        region_mean = templates.unsqueeze(1) * frame_mean  # [B, T, N_s, C]
+        region_var = templates.unsqueeze(1).square() * frame_var
+        maps_in_all = frames.clamp(min=1) * N
+        mean = torch.where(real, region_mean, 0).sum((0, 1, 2)) / maps_in_all
+        var = torch.where(real, region_var + (region_mean - mean).square(), 0).sum((0, 1, 2)) / maps_in_all
+        self.norm.update(mean, var, frames * (N * H * W))
+        return mean, var
+
+
+class _FrameMoments(torch.autograd.Function):
+    """Mean and biased variance over H, W: ``[B, T, C, H, W]`` -> two of ``[B, T, C]``, keeping only the maps."""
+
+    @staticmethod
+    def forward(maps: Tensor) -> tuple[Tensor, Tensor]:
+        mean = maps.mean((3, 4), dtype=torch.promote_types(maps.dtype, torch.float32))
+        return mean, (maps - mean[..., None, None]).square_().mean((3, 4))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+        maps, mean = ctx.saved_tensors
+        pixels = maps.shape[3] * maps.shape[4]
+        slope = grad_var * (2 / pixels)
+        offset = grad_mean / pixels - slope * mean
+        return torch.addcmul(offset[..., None, None], slope[..., None, None], maps).to(maps.dtype)
+
+
+class _GatedMeans(torch.autograd.Function):
+    """Eqs. 2 and 5: with the gates M = sigmoid(slope * map + offset), the means of map * M and of M over H, W.
+
+    ``maps`` ``[B, T, C, H, W]``, ``slope`` ``[B, N_s, C]``, ``offset`` ``[C]`` -> two of ``[B, T, N_s, C]``. Buffers of
+    the size of the maps are made once and used by all regions: to allocate one costs more than to fill it.
+    """
+
+    @staticmethod
+    def forward(maps: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        gates = torch.empty_like(maps, dtype=slope.dtype)
+        regions, scores = [], []
+        for a in slope.unbind(1):
+            _fill_gates(gates, maps, a[:, None, :, None, None], offset)
+            scores.append(gates.mean((3, 4)))
+            regions.append(gates.mul_(maps).mean((3, 4)))
+        return torch.stack(regions, 2), torch.stack(scores, 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_regions: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maps, slope, offset = ctx.saved_tensors
+        pixels = maps.shape[3] * maps.shape[4]
+        gates = torch.empty_like(maps, dtype=slope.dtype)
+        inner = torch.empty_like(gates)
+        grad_maps = torch.zeros_like(gates)
+        grad_slope, grad_offset = [], torch.zeros_like(offset)
+        for i, a in enumerate(slope.unbind(1)):
+            a = a[:, None, :, None, None]
+            by_region = grad_regions[:, :, i, :, None, None] / pixels
+            by_score = grad_scores[:, :, i, :, None, None] / pixels
+            _fill_gates(gates, maps, a, offset)
+            inner.copy_(by_score.expand_as(inner)).addcmul_(by_region, maps)  # gradient with respect to the gates M,
+            inner.mul_(gates).addcmul_(inner, gates, value=-1)  # to what is inside the sigmoid: times M (1 - M)
+            grad_maps.addcmul_(by_region, gates).addcmul_(inner, a)
+            grad_offset += inner.sum((0, 1, 3, 4))
+            grad_slope.append(inner.mul_(maps).sum((1, 3, 4)))
+        return grad_maps.to(maps.dtype), torch.stack(grad_slope, 1), grad_offset
+
+
+def _fill_gates(gates: Tensor, maps: Tensor, slope: Tensor, offset: Tensor) -> None:
+    # expand_as: where copy_ has to broadcast, torch 2.9's exporter ties the batch to a size.
+    gates.copy_(offset[:, None, None].expand_as(gates)).addcmul_(maps, slope).sigmoid_()
+
+
+class TemporalAlignment(nn.Module):
+    """Temporal alignment score: for each channel a softmax of the scores over time, weighted sum (Eqs. 4, 6)."""
+
+    def forward(self, regions: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums the frames.
+
+        Args:
+            regions: ``[B, T, N_s, C]``; padding must be finite.
+            scores: ``[B, T, N_s, C]``, from :class:`GAM`.
+            mask: bool ``[B, T]``.
+
+        Returns:
+            ``[B, N_s, C]`` and the weights ``[B, T, N_s, C]``, 0 for padding.
+        """
+        weights = masked_softmax(scores, mask[:, :, None, None], dim=1)  # Eq. 4
+        return (regions * weights.to(regions.dtype)).sum(1), weights  # Eq. 6
+
+
+class TemporalAttention(nn.Module):
+    """One linear score for each vector, softmax over time, weighted sum.
+
+    The paper takes it from Li et al. (CVPR 2018); without a bias, which would cancel in the softmax.
+
+    Args:
+        num_features: C.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.score = nn.Linear(num_features, 1, bias=False)
+
+    def forward(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums the frames.
+
+        Args:
+            vectors: ``[B, T, C]``, or ``[B, T, N_s, C]``: each region gets its own weights. Padding must be finite.
+            mask: bool ``[B, T]``.
+
+        Returns:
+            ``[B, C]`` or ``[B, N_s, C]``, and the weights ``[B, T]`` or ``[B, T, N_s]``, 0 for padding.
+        """
+        scores = self.score(vectors).squeeze(-1)
+        weights = masked_softmax(scores, mask.view(mask.shape + (1,) * (scores.dim() - 2)), dim=1)
+        return torch.einsum("bt...,bt...c->b...c", weights.to(vectors.dtype), vectors), weights
+
+
+class SpatialAttention(nn.Module):
+    """Weights the regions of a clip and sums them (Eqs. 7, 8).
+
+    The convolution has no bias: BatchNorm would cancel it.
+
+    Args:
+        num_features: C.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.conv = nn.Conv1d(num_features, 1, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums the regions: ``[B, N_s, C]`` -> ``[B, C]`` and the weights ``[B, N_s]``."""
+        scores = F.relu(self.norm(self.conv(regions.transpose(1, 2)))).squeeze(1)
+        weights = at_least_float32(scores).softmax(1)  # Eq. 7
+        return torch.einsum("bn,bnc->bc", weights.to(regions.dtype), regions), weights  # Eq. 8
+
+
+@register_aggregator(
+    "fgra",
+    clip=ClipConfig(length=6, stride=3, train_sampling="random", fill="mask", tail="shift", distance="cosine"),
+)
+class FGRA(Aggregator):
+    """Frame-guided region-aligned representation (Eq. 9): the global and the local vector of a clip.
+
+    The template frame is the first real one; its stripes follow adaptive pooling's rule where the height does not
+    divide. Without spatial attention the regions are reduced by one shared layer and concatenated (the paper says so
+    for its baseline; the shared layer is ours). The rows of the paper's Table 2:
+
+    1. ``global_branch=False, local_branch="stripes", temporal="average", spatial="concatenation"``
+    2. ``local_branch=None``
+    3. ``local_branch="stripes", temporal="average", spatial="concatenation"``
+    4. ``temporal="average", spatial="concatenation"``
+    5. ``temporal="attention", spatial="concatenation"``
+    6. ``spatial="concatenation"`` (and no consistency term in the criterion)
+    7. ``spatial="concatenation"``
+    8. the default.
+
+    ``frame_weights`` are the global branch's temporal attention; without that branch, the mean of the regions' weights.
+    ``maps``: ``region_scores`` ``[B, T, N_s]``, how much each frame counted in each region (mean over the channels; it
+    sums to 1 over time); ``region_weights`` ``[B, N_s]``, the spatial attention. ``supervised``, with aligned regions:
+    ``templates`` ``[B, N_s, C]`` and ``regions`` ``[B, T, N_s, C]``.
+
+    Args:
+        in_features: C.
+        num_regions: N_s, the templates of a clip.
+        reduced_features: the width of the global vector, and of the local one (N_s times that if concatenated).
+        global_branch: whether there is one.
+        local_branch: ``aligned`` regions, plain ``stripes`` of every frame, or None.
+        temporal: how the local branch sums the frames: by temporal ``alignment`` scores, by temporal ``attention``
+            (one scorer for all regions: ours), or their ``average``. Unused without a local branch.
+        spatial: how it joins the regions: ``attention`` or ``concatenation``. Unused without a local branch.
+
+    Raises:
+        ValueError: an unknown value, neither branch, or alignment scores without alignment.
+    """
+
+    needs_maps = True
+
+    def __init__(
+        self,
+        in_features: int,
+        num_regions: int = 4,
+        reduced_features: int = 1024,
+        global_branch: bool = True,
+        local_branch: str | None = "aligned",
+        temporal: str = "alignment",
+        spatial: str = "attention",
+    ):
+        if num_regions < 1 or reduced_features < 1:
+            raise ValueError(f"num_regions and reduced_features must be >= 1, got {num_regions}, {reduced_features}.")
+        for option, value, known in (
+            ("local_branch", local_branch, ("aligned", "stripes", None)),
+            ("temporal", temporal, ("alignment", "attention", "average")),
+            ("spatial", spatial, ("attention", "concatenation")),
+        ):
+            if value not in known:
+                raise ValueError(f"{option} must be one of {known}, got {value!r}.")
+        if not global_branch and local_branch is None:
+            raise ValueError("FGRA needs a branch: global_branch=True, or local_branch='aligned' or 'stripes'.")
+        if local_branch == "stripes" and temporal == "alignment":
+            raise ValueError("plain stripes have no alignment score: use temporal='average' or 'attention'.")
+        local_vectors = 0 if local_branch is None else 1 if spatial == "attention" else num_regions
+        super().__init__(in_features, reduced_features * (global_branch + local_vectors))
+        self.num_regions = num_regions
+        self.local_branch = local_branch
+        self.global_attention = self.global_reduction = None
+        if global_branch:
+            self.global_attention = TemporalAttention(in_features)
+            self.global_reduction = nn.Linear(in_features, reduced_features)
+        self.gam = self.temporal = self.spatial = self.local_reduction = None
+        if local_branch is not None:
+            if local_branch == "aligned":
+                self.gam = GAM(in_features)
+            if temporal == "alignment":
+                self.temporal = TemporalAlignment()
+            elif temporal == "attention":
+                self.temporal = TemporalAttention(in_features)
+            if spatial == "attention":
+                self.spatial = SpatialAttention(in_features)
+            self.local_reduction = nn.Linear(in_features, reduced_features)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        vectors, maps, supervised = [], {}, {}
+        frame_weights = None
+        rows = features.sum(4) / features.shape[4]  # [B, T, C, H]: the one pass that vectors and stripes share
+        if self.global_attention is not None:
+            pooled, frame_weights = self.global_attention(rows.mean(3), mask)
+            vectors.append(self.global_reduction(pooled))  # f_s,g
+        if self.local_branch is not None:
+            regions = F.adaptive_avg_pool1d(rows.flatten(0, 1), self.num_regions)  # [B * T, C, N_s]
+            regions = regions.transpose(1, 2).unflatten(0, mask.shape)
+            if self.gam is not None:
+                templates = take_frames(regions, compaction_order(mask))[:, 0]
+                regions, scores = self.gam(features, templates, mask)
+                supervised = {"templates": templates, "regions": regions}
+            if isinstance(self.temporal, TemporalAlignment):
+                pooled, weights = self.temporal(regions, scores, mask)
+                weights = weights.mean(3)
+            elif self.temporal is not None:
+                pooled, weights = self.temporal(regions, mask)
+            else:
+                pooled = masked_mean(regions, mask)
+                weights = uniform_weights(mask, features)[:, :, None].expand(-1, -1, self.num_regions)
+            maps["region_scores"] = weights
+            if self.spatial is not None:
+                pooled, maps["region_weights"] = self.spatial(pooled)
+            vectors.append(self.local_reduction(pooled).flatten(1))  # f_s,l
+            if frame_weights is None:
+                frame_weights = weights.mean(2)
+        return Details(torch.cat(vectors, 1), mask, frame_weights, maps, supervised)  # Eq. 9

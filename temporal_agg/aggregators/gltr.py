@@ -1,0 +1,284 @@
+"""GLTR: global-local temporal representations.
+
+Li, Wang, Tian, Gao, Zhang: Global-Local Temporal Representations For Video Person Re-Identification, ICCV 2019, Sec. 3.
+
+The paper and the code that its authors released differ. ``gltr`` follows the paper, ``gltr_released`` the code (see
+:class:`ReleasedGLTR`). A 1x1 convolution over time is a Linear on each frame, and is written so.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import (
+    Aggregator,
+    Details,
+    MaskedBatchNorm,
+    all_real,
+    at_least_float32,
+    compaction_order,
+    frame_vectors,
+    masked_mean,
+    masked_softmax,
+    take_frames,
+    uniform_weights,
+    weighted_sum,
+    zero_padding,
+)
+from .registry import ClipConfig, register_aggregator
+
+__all__ = ["DTP", "GLTR", "TSA", "ReleasedGLTR", "ReleasedTSA"]
+
+
+class DTP(nn.Module):
+    """Dilated temporal pyramid: parallel convolutions over time at several scales, concatenated (Eqs. 2, 5, 6).
+
+    Each sees zeros beyond the first and the last real frame. Eq. 5 is printed off-centre; read as centred.
+
+    Args:
+        features: d.
+        rates: r of each branch; the paper's are 2^(n-1).
+        kind: what r means (the paper's Fig. 6). ``dilated``: the dilation of a kernel of 3 frames. ``undilated``: a
+            kernel of 2r + 1 frames, the same field. ``pooling``: means of r frames in a row, a kernel of 3 over those,
+            each output repeated r times (the paper names temporal pyramid pooling without its form; ours).
+        bias: of the convolutions.
+        keep_input: the input comes first in the concatenation.
+
+    Attributes:
+        num_features: channels of the output, d for each branch (and for the input, when kept).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        rates: Sequence[int] = (1, 2, 4),
+        kind: str = "dilated",
+        *,
+        bias: bool = True,
+        keep_input: bool = False,
+    ):
+        super().__init__()
+        if kind not in ("dilated", "undilated", "pooling"):
+            raise ValueError(f"DTP: kind must be 'dilated', 'undilated' or 'pooling', got {kind!r}.")
+        if not rates or min(rates) < 1:
+            raise ValueError(f"DTP: rates must be one or more integers >= 1, got {rates!r}.")
+        self.rates = tuple(rates)
+        self.kind = kind
+        self.keep_input = keep_input
+        self.num_features = features * (len(rates) + keep_input)
+        self.branches = nn.ModuleList()
+        for r in rates:
+            kernel = 2 * r + 1 if kind == "undilated" else 3
+            dilation = r if kind == "dilated" else 1
+            self.branches.append(
+                nn.Conv1d(features, features, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+            )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolves over the real frames.
+
+        Args:
+            x: F ``[B, T, d]``.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real. Padding is skipped, wherever it stands.
+
+        Returns:
+            F' ``[B, T, num_features]``; padding is 0.
+        """
+        mask = all_real(x) if mask is None else mask
+        order = compaction_order(mask)
+        compact = take_frames(zero_padding(x, mask), order).mT  # [B, d, T]
+        if self.kind == "pooling":
+            real = mask.gather(1, order)[:, None].to(x.dtype)
+            y = [self._pooled(compact, real, r, branch) for r, branch in zip(self.rates, self.branches, strict=True)]
+        else:
+            y = [branch(compact) for branch in self.branches]  # Eq. 5
+        y = torch.cat([compact, *y] if self.keep_input else y, 1).mT  # Eq. 6
+        return zero_padding(take_frames(y, order.argsort(1)), mask)
+
+    @staticmethod
+    def _pooled(x: Tensor, real: Tensor, r: int, branch: nn.Module) -> Tensor:
+        T = x.shape[2]
+        share = F.avg_pool1d(real, r, ceil_mode=True)  # of the frames in a window, those that are real
+        means = F.avg_pool1d(x, r, ceil_mode=True) / share.clamp(min=1 / r)
+        return branch(means).repeat_interleave(r, 2)[..., :T]
+
+    def extra_repr(self) -> str:
+        return f"rates={self.rates}, kind={self.kind!r}, keep_input={self.keep_input}"
+
+
+class TSA(nn.Module):
+    """Temporal self-attention: every frame gathers from all frames through a T x T mask (Eqs. 3, 7).
+
+    B and C are followed by a BatchNorm, so they have no bias. W and its bias start at 0, so that the output starts as
+    the input.
+
+    Args:
+        features: the channels of F', N*d.
+        reduction: alpha, of the width inside.
+        normalize: ``softmax``: what a frame gathers is a weighted mean over the sources. The paper prints none; the
+            work it builds on, and its released code, have it. ``none``: as printed. The mask is then unbounded and what
+            a frame gathers grows with T: at the paper's learning rate training diverges within a few steps.
+    """
+
+    def __init__(self, features: int, reduction: int = 2, normalize: str = "softmax"):
+        super().__init__()
+        if normalize not in ("softmax", "none"):
+            raise ValueError(f"TSA: normalize must be 'softmax' or 'none', got {normalize!r}.")
+        hidden = features // reduction
+        self.normalize = normalize
+        self.b = nn.Linear(features, hidden, bias=False)
+        self.b_norm = MaskedBatchNorm(hidden)
+        self.c = nn.Linear(features, hidden, bias=False)
+        self.c_norm = MaskedBatchNorm(hidden)
+        self.value = nn.Linear(features, hidden)
+        self.restore = nn.Linear(hidden, features)  # W
+        nn.init.zeros_(self.restore.weight)
+        nn.init.zeros_(self.restore.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """F' -> F'' ``[B, T, N*d]`` (Eq. 7); padding is 0. ``mask``: bool ``[B, T]``, None = all frames are real."""
+        mask = all_real(x) if mask is None else mask
+        return self.gather(x, self.relations(x, mask), mask)
+
+    def relations(self, x: Tensor, mask: Tensor) -> Tensor:
+        """M ``[B, T, T]``, at least float32: what frame t (last index) takes from frame s; 0 at padding."""
+        B = self.b_norm(self.b(x), mask).relu()
+        C = self.c_norm(self.c(x), mask).relu()
+        logits = C @ B.mT  # M[s, t] = C_s . B_t
+        source = mask[:, :, None]
+        M = masked_softmax(logits, source, dim=1) if self.normalize == "softmax" else at_least_float32(logits)
+        return torch.where(source & mask[:, None], M, 0)
+
+    def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
+        """Eq. 7 for every frame, ``[B, T, N*d]``."""
+        return zero_padding(self.restore(M.mT.to(x.dtype) @ self.value(x)) + x, mask)  # Eq. 7
+
+    def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
+        """The mean of Eq. 7 over the real frames, ``[B, N*d]``.
+
+        Both convolutions are linear and M only mixes frames, so the mean goes first: m(s) = sum_t M[s, t] weighs the
+        frames of F', as Eq. 8 has it, and the convolutions see one vector for each clip. Nothing is approximated.
+        """
+        m = M.sum(2) / mask.sum(1, keepdim=True)
+        gathered = F.linear(weighted_sum(x, m), self.value.weight)
+        gathered = gathered + (m.sum(1, keepdim=True) * self.value.bias).to(gathered.dtype)
+        return self.restore(gathered) + masked_mean(x, mask)  # Eqs. 4, 7, 8
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize!r}"
+
+
+class ReleasedTSA(nn.Module):
+    """TSA as the authors released it: a non-local block with a softmax over the sources, unscaled.
+
+    Its 1x1 convolutions have biases and neither norm nor ReLU; W is followed by a BatchNorm whose weight and bias start
+    at 0.
+
+    Args:
+        features: the channels of F'.
+        reduction: of the width inside.
+    """
+
+    def __init__(self, features: int, reduction: int = 2):
+        super().__init__()
+        hidden = features // reduction
+        self.theta = nn.Linear(features, hidden)
+        self.phi = nn.Linear(features, hidden)
+        self.g = nn.Linear(features, hidden)
+        self.restore = nn.Linear(hidden, features)
+        self.restore_norm = MaskedBatchNorm(features)
+        nn.init.zeros_(self.restore_norm.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """F' -> F'' ``[B, T, features]``; padding is 0. ``mask``: bool ``[B, T]``, None = all frames are real."""
+        mask = all_real(x) if mask is None else mask
+        return self.gather(x, self.relations(x, mask), mask)
+
+    def relations(self, x: Tensor, mask: Tensor) -> Tensor:
+        """M ``[B, T, T]`` as in :meth:`TSA.relations`: M[s, t] = softmax over s of theta_t . phi_s."""
+        M = masked_softmax(self.phi(x) @ self.theta(x).mT, mask[:, :, None], dim=1)
+        return torch.where(mask[:, None], M, 0)
+
+    def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
+        """The block's output for every frame, ``[B, T, features]``."""
+        return zero_padding(self.restore_norm(self.restore(M.mT.to(x.dtype) @ self.g(x)), mask) + x, mask)
+
+    def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
+        """The mean of :meth:`gather` over the real frames, ``[B, features]``; the BatchNorm wants every frame first."""
+        return masked_mean(self.gather(x, M, mask), mask)
+
+
+@register_aggregator(
+    "gltr",
+    clip=ClipConfig(length=16, train_sampling="adjacent", test_sampling="all", distance="euclidean"),
+)
+class GLTR(Aggregator):
+    """Frame embedding, dilated temporal pyramid, temporal self-attention, mean over time: D = N*d.
+
+    The frame weights are Eq. 8's m, how much each frame gives in total: negative parts clipped, then normalised,
+    uniform if nothing is left. ``maps["tsa"]`` is M ``[B, T, T]``: what frame t (last index) takes from frame s.
+
+    The frame embedding is a Linear with bias on the average-pooled map, without norm or ReLU (the paper gives its width
+    only; ours).
+
+    Args:
+        in_features: C.
+        embed_features: d.
+        branches: N, of the pyramid; their rates are 1, 2, 4, ...
+        pyramid: ``dilated``, ``undilated`` or ``pooling`` (see :class:`DTP`).
+        normalize: ``softmax`` or ``none`` (see :class:`TSA`).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        embed_features: int = 128,
+        branches: int = 3,
+        pyramid: str = "dilated",
+        normalize: str = "softmax",
+    ):
+        dtp = DTP(embed_features, [2**n for n in range(branches)], pyramid)  # r_n = 2^(n-1), Sec. 3.2
+        super().__init__(in_features, dtp.num_features)
+        self.embed = nn.Linear(in_features, embed_features)
+        self.dtp = dtp
+        self.tsa = TSA(dtp.num_features, normalize=normalize)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        x = self.dtp(self.embed(frame_vectors(features)), mask)  # Eq. 2
+        M = self.tsa.relations(x, mask)
+        embedding = self.tsa.mean(x, M, mask)  # Eqs. 3, 4
+        given = M.sum(2).clamp(min=0)  # m of Eq. 8
+        total = given.sum(1, keepdim=True)
+        weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), uniform_weights(mask, given))
+        return Details(embedding, mask, weights, {"tsa": M}, {})
+
+
+@register_aggregator(
+    "gltr_released",
+    clip=ClipConfig(length=16, train_sampling="adjacent", test_sampling="all", distance="cosine"),
+    last_stride=1,
+)
+class ReleasedGLTR(GLTR):
+    """GLTR as the authors released it: D = 4d.
+
+    The dilations are 1, 2, 3, the temporal convolutions have no bias, the frame embedding itself comes first in the
+    concatenation, and the attention is :class:`ReleasedTSA`. The embedding is the mean in front of the training head,
+    which lives in the criterion; the authors compare it L2-normalised.
+
+    Args:
+        in_features: C.
+        embed_features: d.
+    """
+
+    def __init__(self, in_features: int, embed_features: int = 128):
+        dtp = DTP(embed_features, (1, 2, 3), bias=False, keep_input=True)
+        Aggregator.__init__(self, in_features, dtp.num_features)
+        self.embed = nn.Linear(in_features, embed_features)
+        self.dtp = dtp
+        self.tsa = ReleasedTSA(dtp.num_features)
+        nn.init.kaiming_normal_(self.embed.weight, mode="fan_out")
+        nn.init.zeros_(self.embed.bias)
+        for branch in dtp.branches:
+            nn.init.normal_(branch.weight, std=1e-3)

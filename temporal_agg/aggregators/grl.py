@@ -1,0 +1,382 @@
+"""GRL: Global-guided Reciprocal Learning (Liu et al., CVPR 2021, arXiv:2103.04337).
+
+A correlation map splits each frame's map into a part that agrees with the whole clip and a part that does not. Running
+through the clip in both directions, the first is enhanced channel by channel, the second is accumulated in a memory.
+
+The memory never depends on the enhancement. :class:`TRL` therefore runs the memories alone step by step, both
+directions at once as channel groups, and everything else over all steps at once.
+
+The code that the authors released differs from the paper; both readings are here (``grl``, ``grl_released``). The
+released one holds its parameters as the authors' does, up to names and to the concatenation of the two directions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import (
+    Aggregator,
+    Details,
+    MaskedBatchNorm,
+    all_real,
+    at_least_float32,
+    compaction_order,
+    frame_vectors,
+    masked_mean,
+    masked_softmax,
+    weighted_sum,
+    zero_padding,
+)
+from .registry import ClipConfig, register_aggregator
+
+__all__ = ["EMU", "GCE", "GRL", "TRL", "ReleasedGRL"]
+
+_DIRECTIONS = ("forward", "backward")
+_CLIP = ClipConfig(length=8, train_sampling="chunks", test_sampling="chunks", fill="last", distance="dot")
+
+
+class _Layers(nn.Sequential):
+    """Layers in sequence; the norms among them see the mask."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, mask) if isinstance(layer, MaskedBatchNorm) else layer(x)
+        return x
+
+
+class GCE(nn.Module):
+    """Global-guided Correlation Estimation (Sec. 3.2): how much each place of a frame agrees with the whole clip.
+
+    The paper does not give the hidden width; C/8 is ours. Its projection of the global vector has no bias, which the
+    BatchNorm behind it would cancel.
+
+    The convolution over the concatenation of map and expanded global vector is computed as the sum of its two halves,
+    so that neither the expansion nor the concatenation exists.
+
+    Args:
+        in_features: C.
+        released: build the released code's form: the global vector goes through Linear(C, C/2), BatchNorm and ReLU and
+            stands after the map in the concatenation; three 1x1 convolutions, a BatchNorm behind each.
+    """
+
+    def __init__(self, in_features: int, released: bool = False):
+        super().__init__()
+        C, hidden = in_features, max(1, in_features // 8)
+        self.released = released
+        if released:
+            half = max(1, C // 2)
+            self.embed = _Layers(nn.Linear(C, half), MaskedBatchNorm(half), nn.ReLU(inplace=True))
+            self.join = nn.Conv2d(C + half, half, 1, bias=False)
+            self.correlate = _Layers(
+                MaskedBatchNorm(half),
+                nn.Conv2d(half, hidden, 1, bias=False),
+                MaskedBatchNorm(hidden),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(hidden, 1, 1, bias=False),
+                MaskedBatchNorm(1),
+            )
+        else:
+            self.embed = _Layers(nn.Linear(C, C, bias=False))
+            self.join = nn.Conv2d(2 * C, hidden, 1, bias=False)
+            self.correlate = _Layers(MaskedBatchNorm(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Computes the correlation maps.
+
+        Args:
+            x: ``[B, T, C, H, W]``; padding may hold any finite values.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real.
+
+        Returns:
+            R ``[B, T, 1, H, W]``, from 0 to 1; the values of padded frames mean nothing.
+        """
+        B, T, C, _, _ = x.shape
+        if mask is None:
+            mask = all_real(x)
+        clip = self.embed(masked_mean(frame_vectors(x), mask))  # Eq. 1 and its projection
+        weight = self.join.weight
+        for_map, for_clip = (weight[:, :C], weight[:, C:]) if self.released else (weight[:, -C:], weight[:, :-C])
+        joined = F.conv2d(x.flatten(0, 1), for_map).unflatten(0, (B, T))
+        joined = joined + F.linear(clip, for_clip.flatten(1))[:, None, :, None, None]
+        return self.correlate(joined.flatten(0, 1), mask.flatten()).sigmoid().unflatten(0, (B, T))  # Eq. 2
+
+
+class EMU(nn.Module):
+    """Enhancement and Memory Unit (Sec. 3.3, Fig. 3), for G directions at once, each with its own weights.
+
+    The directions' memories stand side by side as channel groups: channels g*C to (g+1)*C belong to direction g.
+    Grouped convolutions and BatchNorm keep channels apart, so this equals G separate units.
+
+    f1 and f2 keep the paper's letters: f1 reads the frame, f2 the memory. The paper does not describe W_c; here it is
+    Linear(C, C/16), ReLU, Linear(C/16, C), without biases, as in the released code. Res is the bottleneck of ResNet
+    with identity skip, C -> C/4 -> C/4 -> C.
+
+    Args:
+        in_features: C.
+        directions: G.
+        kernel_size: of the middle convolution of Res; the released code has 1.
+        enhancement: False: no enhancement block, a = 0.
+        memory: False: no memory block, a memory stays what it was.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        directions: int = 1,
+        kernel_size: int = 3,
+        enhancement: bool = True,
+        memory: bool = True,
+    ):
+        super().__init__()
+        C, G = in_features, directions
+        hidden, squeezed = max(1, C // 4), max(1, C // 16)
+        self.directions = G
+        self.f1 = self.f2 = self.mlp = self.res = None
+        if enhancement:
+            self.f1 = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(G))
+            self.f2 = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(G))
+            self.mlp = nn.ModuleList(
+                nn.Sequential(nn.Linear(C, squeezed, bias=False), nn.ReLU(), nn.Linear(squeezed, C, bias=False))
+                for _ in range(G)
+            )
+        if memory:
+            self.res = _Layers(
+                nn.Conv2d(G * C, G * hidden, 1, groups=G, bias=False),
+                MaskedBatchNorm(G * hidden),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(G * hidden, G * hidden, kernel_size, padding=kernel_size // 2, groups=G, bias=False),
+                MaskedBatchNorm(G * hidden),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(G * hidden, G * C, 1, groups=G, bias=False),
+                MaskedBatchNorm(G * C),
+            )
+
+    def forward(self, high: Tensor, low: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One time step at which every direction meets the same frame (with G = 1: any time step).
+
+        Args:
+            high: the frame's high-correlation features, ``[B, C, H, W]``.
+            low: its low-correlation features, ``[B, C, H, W]``.
+            memory: the memories of the step before, ``[B, G*C, H, W]``.
+            mask: bool ``[B]``, the clips that have a frame at this step (BatchNorm counts these); None = all.
+
+        Returns:
+            The enhanced features and the memories after this step, both ``[B, G*C, H, W]``; they mean nothing for
+            clips without a frame.
+        """
+        G = self.directions
+        attention = self.attention(high, memory.chunk(G, 1))
+        enhanced = (1 + attention)[..., None, None] * high.repeat(1, G, 1, 1)  # Eq. 7
+        return enhanced, self.remember(memory, low.repeat(1, G, 1, 1), mask)
+
+    def attention(self, high: Tensor, memories: Sequence[Tensor]) -> Tensor:
+        """The channel attention a ``[N, G*C]`` of N frames, given each direction's memories before them.
+
+        Args:
+            high: ``[N, C, H, W]``.
+            memories: G tensors ``[N, C, H, W]``.
+        """
+        if self.f1 is None:
+            return high.new_zeros(high.shape[0], self.directions * high.shape[1])
+        logits = []
+        for f1, f2, mlp, memory in zip(self.f1, self.f2, self.mlp, memories, strict=True):
+            difference = (f2(memory).relu_() - f1(high).relu_()).square()  # Eq. 5
+            logits.append(mlp(difference.mean((2, 3))))
+        return torch.cat(logits, 1).sigmoid()  # Eq. 6
+
+    def remember(self, memory: Tensor, low: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The memories ``[B, G*C, H, W]`` after the features ``low`` ``[B, G*C, H, W]`` that the directions meet."""
+        if self.res is None:
+            return memory
+        total = memory + low
+        if mask is not None:
+            total = zero_padding(total, mask)  # what no clip uses shall not grow from step to step
+        return (self.res(total, mask) + total).relu_()  # Eq. 8
+
+
+class TRL(nn.Module):
+    """Temporal Reciprocal Learning (Sec. 3.3): an EMU runs through each clip in both directions.
+
+    The backward direction runs over each clip's real frames reversed, and its outputs are put back in order. At step k
+    BatchNorm counts the clips that have a k-th real frame. The linear layers of Eqs. 9 and 10 have no bias, which the
+    BatchNorm behind them in :class:`GRL` would cancel.
+
+    Args:
+        in_features: C.
+        released: build the released code's form: Res of 1x1 convolutions, and the sum of the directions in place of
+            Eqs. 9 and 10.
+        directions: ``forward``, ``backward`` or both.
+        enhancement: False: no enhancement block (the paper's Table 3).
+        memory: False: no memory block (Table 3); all steps then see M_0 (the paper does not say; ours).
+
+    Raises:
+        ValueError: unknown, repeated or no directions.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        released: bool = False,
+        directions: Sequence[str] = _DIRECTIONS,
+        enhancement: bool = True,
+        memory: bool = True,
+    ):
+        super().__init__()
+        if sorted(directions) not in (["forward"], ["backward"], ["backward", "forward"]):
+            raise ValueError(f"directions must be 'forward', 'backward' or both in a list, got {directions!r}.")
+        C, G = in_features, len(directions)
+        self.directions = tuple(directions)
+        self.emu = EMU(C, G, kernel_size=1 if released else 3, enhancement=enhancement, memory=memory)
+        self.join_high = self.join_low = None
+        if not released:
+            self.join_high = nn.Linear(G * C, C, bias=False)
+            self.join_low = nn.Linear(G * C, C, bias=False)
+
+    def forward(self, high: Tensor, low: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs through the clips.
+
+        Args:
+            high: the high-correlation features, ``[B, T, C, H, W]``; padding may hold any finite values.
+            low: the low-correlation features, the same.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real.
+
+        Returns:
+            F^h ``[B, T, C]``, the enhanced frame vectors (padded ones mean nothing), and F^l ``[B, C]``, the last
+            memory.
+        """
+        B, T, C = high.shape[:3]
+        G = len(self.directions)
+        if mask is None:
+            mask = all_real(high)
+        visits = self._visits(mask)
+        memories = self._memories(low, mask, visits)
+
+        # Before frame t of clip b, direction g holds the memory of its step visits.argsort(1)[b, t, g].
+        clip = torch.arange(B, device=high.device)
+        group = torch.arange(G, device=high.device)[:, None, None]
+        before = (visits.argsort(1).permute(2, 0, 1) * B + clip[:, None]) * G + group
+        last = (mask.sum(1) * B + clip) * G + group[..., 0]
+        held = memories.index_select(0, torch.cat([before.flatten(), last.flatten()]))
+        *before, last = held.split([B * T] * G + [G * B])
+
+        attention = self.emu.attention(high.flatten(0, 1), before).view(B, T, G, C)
+        enhanced = ((1 + attention) * frame_vectors(high)[:, :, None]).flatten(2)  # Eq. 7, GAP
+        last = last.mean((2, 3)).view(G, B, C).transpose(0, 1).flatten(1)
+        if self.join_high is None:
+            return enhanced.view(B, T, G, C).sum(2), last.view(B, G, C).sum(1)
+        return self.join_high(enhanced), self.join_low(last)  # Eqs. 9, 10
+
+    def _visits(self, mask: Tensor) -> Tensor:
+        """``[B, T, G]``: the frame that each direction visits at each step; padding comes last."""
+        order = compaction_order(mask)
+        step = torch.arange(mask.shape[1], device=mask.device)
+        last = mask.sum(1, keepdim=True) - 1
+        reverse = order.gather(1, torch.where(step <= last, last - step, step))
+        return torch.stack([order if d == "forward" else reverse for d in self.directions], 2)
+
+    def _memories(self, low: Tensor, mask: Tensor, visits: Tensor) -> Tensor:
+        """The memories M_0 to M_T of every clip and direction as rows (step, clip, direction) of maps ``[C, H, W]``."""
+        B, T, C, H, W = low.shape
+        G = len(self.directions)
+        rows = (visits + T * torch.arange(B, device=low.device)[:, None, None]).transpose(0, 1)
+        met = low.flatten(0, 1).index_select(0, rows.flatten()).view(T, B, G * C, H, W)
+        has_frame = torch.arange(T, device=low.device)[:, None] < mask.sum(1)
+        memories = [masked_mean(low, mask).repeat(1, G, 1, 1)]  # M_0
+        for low_k, has_frame_k in zip(met.unbind(), has_frame.unbind(), strict=True):
+            memories.append(self.emu.remember(memories[-1], low_k, has_frame_k))
+        return torch.stack(memories).reshape(-1, C, H, W)
+
+    def extra_repr(self) -> str:
+        return f"directions={self.directions}"
+
+
+@register_aggregator("grl", clip=_CLIP, last_stride=1)
+class GRL(Aggregator):
+    """Global-guided Reciprocal Learning as in the paper: GCE, TRL, and attentive pooling over the enhanced frames.
+
+    F^h goes through BatchNorm and L2 normalisation per frame and then the attentive pooling: queries and keys are
+    Linear(C, 512, bias=False) + BatchNorm, L2-normalised, the values are the inputs; softmax(Q K^T) over the frames,
+    the results summed over the queries, L2-normalised. F^l goes through BatchNorm and L2 normalisation. The paper
+    leaves all of this open; it is taken from the released code.
+
+    A frame's weight is the mean of its column in the pooling's softmax. ``maps``: ``correlation`` ``[B, T, 1, H, W]``
+    (R of Eq. 2) and ``attention`` ``[B, T, T]`` (the pooling's softmax, query by key). ``supervised``, all
+    L2-normalised: ``frames`` ``[B, T, C]``, ``pooled``, ``memory`` and ``global`` ``[B, C]``.
+
+    Args:
+        in_features: C.
+        parts: what the embedding is made of, in this order, C channels each (the paper's Table 2): ``pooled`` (F^h),
+            ``memory`` (F^l), ``global`` (F^g, L2-normalised), ``mean`` (the mean of the normalised frames, not
+            normalised again). None: pooled, memory; released: memory, pooled, mean.
+        directions: of TRL: ``forward``, ``backward`` or both (Table 5).
+        enhancement: False: without the enhancement blocks (Table 3).
+        memory: False: without the memory blocks (Table 3). Without both, only GCE is left (Table 2, "+ GCE").
+
+    Raises:
+        ValueError: unknown parts or directions.
+    """
+
+    needs_maps = True
+    is_recurrent = True
+    released = False
+    default_parts = ("pooled", "memory")
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[str] | None = None,
+        directions: Sequence[str] = _DIRECTIONS,
+        enhancement: bool = True,
+        memory: bool = True,
+    ):
+        C = in_features
+        parts = self.default_parts if parts is None else tuple(parts)
+        if not parts or not set(parts) <= {"pooled", "memory", "global", "mean"}:
+            raise ValueError(f"parts must name some of pooled, memory, global and mean, got {parts!r}.")
+        super().__init__(C, len(parts) * C)
+        self.parts = parts
+        self.gce = GCE(C, self.released)
+        self.trl = TRL(C, self.released, directions, enhancement, memory)
+        self.frame_norm = MaskedBatchNorm(C)
+        self.memory_norm = MaskedBatchNorm(C)
+        self.query = nn.Linear(C, 512, bias=self.released)
+        self.query_norm = MaskedBatchNorm(512)
+        self.key = nn.Linear(C, 512, bias=self.released)
+        self.key_norm = MaskedBatchNorm(512)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        R = self.gce(features, mask)
+        high, low = self.trl(features * R, features * (1 - R), mask)  # Eqs. 3, 4
+        high = zero_padding(F.normalize(self.frame_norm(at_least_float32(high), mask), dim=2), mask)
+        queries = F.normalize(self.query_norm(self.query(high), mask), dim=2)
+        keys = F.normalize(self.key_norm(self.key(high), mask), dim=2)
+        attention = zero_padding(masked_softmax(queries @ keys.transpose(1, 2), mask[:, None]), mask)
+        weights = masked_mean(attention, mask)  # the sum over queries, up to a factor that normalisation cancels
+        parts = {
+            "pooled": F.normalize(at_least_float32(weighted_sum(high, weights)), dim=1),
+            "memory": F.normalize(self.memory_norm(at_least_float32(low)), dim=1),
+            "global": F.normalize(at_least_float32(masked_mean(frame_vectors(features), mask)), dim=1),
+            "mean": masked_mean(high, mask),
+        }
+        embedding = torch.cat([parts[name] for name in self.parts], 1)
+        supervised = {"frames": high, **{name: parts[name] for name in ("pooled", "memory", "global")}}
+        return Details(
+            embedding, mask, weights, {"correlation": zero_padding(R, mask), "attention": attention}, supervised
+        )
+
+
+@register_aggregator("grl_released", clip=_CLIP, last_stride=1)
+class ReleasedGRL(GRL):
+    """GRL as in the code that its authors released; options and outputs as in :class:`GRL`.
+
+    It differs from the paper in GCE (see there), in Res (1x1 convolutions only), in the sum of the two directions
+    instead of Eqs. 9 and 10, in biases of queries and keys, and in the embedding: memory, pooled, and the mean of the
+    normalised frames, 3C. f1 and f2 are named as in the paper; the authors' state dict has them the other way round.
+    The authors normalise queries and keys separately for probes and galleries in training; here BatchNorm runs once
+    over the batch.
+    """
+
+    released = True
+    default_parts = ("memory", "pooled", "mean")

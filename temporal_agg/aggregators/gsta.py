@@ -1,0 +1,146 @@
+"""GSTA: global video-level spatio-temporal association, the aggregator of STAR.
+
+Wu, Zhu, Gong: Spatio-Temporal Associative Representation for Video Person Re-Identification, BMVC 2019, Sec. 3.3.
+
+The paper does not say how wide the hidden state is, nor which form of ConvLSTM it takes; ours: 512 channels, 3x3
+convolutions, no peepholes, a zero initial state, a forget gate that starts open (bias 1).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import (
+    Aggregator,
+    Details,
+    all_real,
+    at_least_float32,
+    frame_vectors,
+    masked_mean,
+    masked_softmax,
+    weighted_sum,
+)
+from .registry import ClipConfig, register_aggregator
+
+__all__ = ["GSTA", "ConvLSTM"]
+
+State = tuple[Tensor, Tensor]
+
+
+class ConvLSTM(nn.Module):
+    """A one-layer convolutional LSTM, 3x3, without peepholes (Shi et al., NeurIPS 2015).
+
+    One convolution over ``[x_t, h_{t-1}]`` is the sum of one over ``x_t`` and one over ``h_{t-1}``. The first does not
+    wait for the recurrence and runs over all frames at once. Gates stand in torch's order: i, f, g, o.
+
+    Args:
+        in_channels: C.
+        hidden_channels: the channels of the hidden state and of the cell.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int):
+        super().__init__()
+        self.hidden_channels = hidden_channels
+        self.input = nn.Conv2d(in_channels, 4 * hidden_channels, 3, padding=1)
+        self.recurrent = nn.Conv2d(hidden_channels, 4 * hidden_channels, 3, padding=1, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.input.reset_parameters()
+        self.recurrent.reset_parameters()
+        nn.init.zeros_(self.input.bias)
+        nn.init.ones_(self.input.bias[self.hidden_channels : 2 * self.hidden_channels])
+
+    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Runs over the frames in order.
+
+        Args:
+            x: ``[B, T, C, H, W]``.
+            state: hidden state and cell ``[B, hidden, H, W]`` to go on from; None = zeros.
+            mask: bool ``[B, T]``; the state passes unchanged over frames where it is False. None = all are real.
+
+        Returns:
+            The hidden states ``[B, T, hidden, H, W]`` and the last state, which is kept in at least float32. A sequence
+            cut into pieces, each given the state of the one before, has the hidden states of the whole.
+        """
+        B, T, _, H, W = x.shape
+        from_input = self.input(x.flatten(0, 1)).unflatten(0, (B, T))
+        if state is None:
+            zeros = at_least_float32(from_input.new_zeros(B, self.hidden_channels, H, W))
+            state = zeros, zeros
+        h, c = state
+        real = None if mask is None else mask[..., None, None, None].unbind(1)
+        outputs = []
+        for t, from_x in enumerate(from_input.unbind(1)):
+            i, f, g, o = (at_least_float32(from_x) + self.recurrent(h.to(from_x.dtype))).chunk(4, 1)
+            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            new_h = o.sigmoid() * new_c.tanh()
+            h, c = (new_h, new_c) if mask is None else (torch.where(real[t], new_h, h), torch.where(real[t], new_c, c))
+            outputs.append(h.to(x.dtype))
+        return torch.stack(outputs, 1), (h, c)
+
+
+@register_aggregator(
+    "gsta",
+    clip=ClipConfig(length=10, train_sampling="random", test_sampling="all", distance="euclidean"),
+)
+class GSTA(Aggregator):
+    """ConvLSTM over the maps, temporal attention over its hidden vectors, and the maps' mean as a residual; D = C.
+
+    Eq. 7 prints b8 inside the ReLU, where it would double b7; outside, it cancels in the softmax. It is left out.
+    The frame weights are K. ``supervised["features"]`` are the input maps ``[B, T, C, H, W]``, padding zeroed, for the
+    pyramid ranking regulariser; no copy is made of them.
+
+    Args:
+        in_features: C.
+        hidden_features: the channels of the ConvLSTM's state (the paper does not say; ours). At C = 2048 the
+            ConvLSTM has 47 million parameters by default, and would have 302 million at a width of 2048.
+    """
+
+    needs_maps = True
+    is_recurrent = True
+
+    def __init__(self, in_features: int, hidden_features: int = 512):
+        super().__init__(in_features, in_features)
+        self.lstm = ConvLSTM(in_features, hidden_features)
+        self.squeeze = nn.Linear(hidden_features, max(1, hidden_features // 16))  # W7, b7
+        self.score = nn.Linear(self.squeeze.out_features, 1, bias=False)  # W8
+        self.project = nn.Linear(hidden_features, in_features, bias=False)  # W9
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        hidden, _ = self.lstm(features, mask=mask)
+        details = self._attend(frame_vectors(hidden), frame_vectors(features), mask)  # Eq. 6
+        return details._replace(supervised={"features": features})
+
+    def stream(self, chunks: Iterable[Tensor]) -> Details:
+        """Aggregates tracklets of any length without ever holding all of their maps.
+
+        Args:
+            chunks: maps ``[B, t, C, H, W]`` of successive frames, each t >= 1; for instance a generator that runs the
+                backbone. Every frame is real. Under ``torch.no_grad`` a chunk is let go before the next one is asked
+                for; what stays are its vectors ``[B, t, hidden + C]``.
+
+        Returns:
+            What one pass over the concatenated chunks returns, but without ``supervised``.
+
+        Raises:
+            ValueError: a wrong shape, or no chunk at all.
+        """
+        hidden_vectors, vectors, state = [], [], None
+        for chunk in chunks:
+            self._check(chunk, None, None)
+            hidden, state = self.lstm(chunk, state)
+            hidden_vectors.append(frame_vectors(hidden))
+            vectors.append(frame_vectors(chunk))
+            del chunk, hidden  # or they would live on while the next chunk is made
+        if not vectors:
+            raise ValueError("GSTA.stream: expected at least one chunk of maps [B, t, C, H, W], got none.")
+        x = torch.cat(vectors, 1)
+        return self._attend(torch.cat(hidden_vectors, 1), x, all_real(x))
+
+    def _attend(self, h: Tensor, f: Tensor, mask: Tensor) -> Details:
+        weights = masked_softmax(self.score(F.relu(self.squeeze(h))).squeeze(-1), mask)  # Eq. 7
+        embedding = self.project(weighted_sum(h, weights)) + masked_mean(f, mask)  # Eq. 8
+        return Details(embedding, mask, weights, {}, {})

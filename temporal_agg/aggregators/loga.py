@@ -1,0 +1,221 @@
+"""LOGA: local-global associative assembling of the frames of a clip.
+
+Li, Huang, Gong: Local-Global Associative Frame Assemble in Video Re-ID, BMVC 2021, Sec. 3.
+
+The frames of a clip are slots: LAQ has a weight for each, so the clip length is fixed and the order matters. A padded
+frame enters LAQ as zeros, and gets no weight; the statistics of K and V are those of the real frames.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import (
+    Aggregator,
+    Details,
+    MaskedBatchNorm,
+    all_real,
+    at_least_float32,
+    frame_vectors,
+    masked_mean,
+    masked_softmax,
+    uniform_weights,
+    weighted_sum,
+    zero_padding,
+)
+from .registry import ClipConfig, register_aggregator
+
+__all__ = ["GCQ", "LAQ", "LOGA"]
+
+
+class LAQ(nn.Module):
+    """Local aligned quality: one weight for each frame, from a convolution over the parts of all frames (Eqs. 5, 6).
+
+    A frame is flattened to H*W values and cut into M = floor(H*W / S) parts of S values in a row; what is left over is
+    dropped. The T frames are the channels of the convolution.
+
+    Nothing nonlinear stands between the convolution and the mean over parts, so :meth:`forward` takes the mean first,
+    and one product with S numbers per frame is left. It follows that a frame's weight depends on no more than the S
+    means of every S-th value of each frame. :meth:`part_scores` has the parts one by one.
+
+    The paper's frames have one channel; ours is the mean of the channels given. The convolution's bias, and the MLP's,
+    which starts at 1 (the softmax does not see it, and no unit starts dead), are ours.
+
+    Args:
+        clip_length: T.
+        part_size: S, values in a part.
+    """
+
+    def __init__(self, clip_length: int = 10, part_size: int = 10):
+        super().__init__()
+        self.clip_length = clip_length
+        self.part_size = part_size
+        self.convolution = nn.Conv1d(clip_length, clip_length, part_size, stride=part_size)  # F
+        self.mlp = nn.Linear(clip_length, clip_length)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.convolution.reset_parameters()
+        self.mlp.reset_parameters()
+        nn.init.ones_(self.mlp.bias)
+
+    def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weighs the frames.
+
+        Args:
+            frames: ``[B, T, channels, H, W]``: normalised images, or feature maps.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real.
+
+        Returns:
+            w_l ``[B, T]`` in at least float32; a row sums to 1, padding gets 0.
+
+        Raises:
+            ValueError: another T, or fewer than S values in a frame.
+        """
+        mask = self._check(frames, mask)
+        S = self.part_size
+        parts = frames.flatten(3)[..., : frames.shape[3] * frames.shape[4] // S * S].unflatten(3, (-1, S))
+        strided_means = zero_padding(parts.mean((2, 3)), mask)  # [B, T, S]
+        pooled = self.convolution(strided_means).squeeze(2)  # Pooling(w~_l), Eqs. 5 and 6
+        return masked_softmax(self.mlp(pooled).relu(), mask)  # Eq. 6
+
+    def part_scores(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The importance of each part of each frame, w~_l of Eq. 5: ``[B, T, M]``. Arguments as in :meth:`forward`."""
+        mask = self._check(frames, mask)
+        return self.convolution(zero_padding(frames.mean(2).flatten(2), mask))  # Eq. 5
+
+    def _check(self, frames: Tensor, mask: Tensor | None) -> Tensor:
+        T, S = self.clip_length, self.part_size
+        if frames.dim() != 5 or frames.shape[1] != T or frames.shape[3] * frames.shape[4] < S:
+            raise ValueError(
+                f"LAQ: expected frames of the shape [B, {T}, channels, H, W] with H*W >= part_size = {S}, got "
+                f"{list(frames.shape)}. Cut clips of {T} frames, or build it with other clip_length and part_size."
+            )
+        return all_real(frames) if mask is None else mask
+
+    def extra_repr(self) -> str:
+        return f"clip_length={self.clip_length}, part_size={self.part_size}"
+
+
+class GCQ(nn.Module):
+    """Global correlated quality: one weight for each frame, from its correlation with a prototype (Eqs. 7, 8).
+
+    A bias in front of a BatchNorm, and the shift of K's BatchNorm in front of the softmax, would cancel: there is none.
+
+    Args:
+        num_features: D.
+        scale: divides the logits; None = as printed. They are sums over D products of unit variance: at D = 2048 an
+            untrained model gives nearly all weight to one frame, unless scale = sqrt(D).
+    """
+
+    def __init__(self, num_features: int, scale: float | None = None):
+        super().__init__()
+        self.scale = scale
+        self.query = nn.Linear(num_features, num_features, bias=False)
+        self.query_norm = MaskedBatchNorm(num_features)
+        self.key = nn.Linear(num_features, num_features, bias=False)
+        self.key_norm = MaskedBatchNorm(num_features, bias=False)
+        self.value = nn.Linear(num_features, num_features, bias=False)
+        self.value_norm = MaskedBatchNorm(num_features)
+
+    def forward(self, prototype: Tensor, embeddings: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weighs the frames.
+
+        Args:
+            prototype: p ``[B, D]``; or ``[B, T, D]``, a query for each frame: self-attention, averaged over the real
+                queries.
+            embeddings: E ``[B, T, D]``.
+            mask: bool ``[B, T]``, True = a real frame; None = all are real.
+
+        Returns:
+            w_g ``[B, T]`` in at least float32, and V w_g ``[B, D]``.
+        """
+        mask = all_real(embeddings) if mask is None else mask
+        per_frame = prototype.dim() == 3
+        q = self.query_norm(at_least_float32(self.query(prototype)), mask if per_frame else None)
+        K = self.key_norm(at_least_float32(self.key(embeddings)), mask)
+        V = self.value_norm(self.value(embeddings), mask)
+        # The printed form is summed in float32 under autocast too: its logits are large, rounding moves the weights.
+        logits = q @ K.mT if per_frame else (K * q[:, None]).sum(2)  # K^T q
+        if self.scale is not None:
+            logits = logits / self.scale
+        weights = masked_softmax(logits, mask[:, None] if per_frame else mask)  # Eq. 7
+        if per_frame:
+            weights = masked_mean(weights, mask)  # V is applied linearly: the mean over queries can come first
+        return weights, weighted_sum(V, weights)  # Eq. 8
+
+    def extra_repr(self) -> str:
+        return "" if self.scale is None else f"scale={self.scale}"
+
+
+@register_aggregator("loga", clip=ClipConfig(length=10, train_sampling="adjacent"), last_stride=1)
+class LOGA(Aggregator):
+    """LAQ's weights make a prototype of the clip, GCQ's correlations with it a residual; D = C.
+
+    The frame weights are (w_l + w_g) / 2; ``maps`` has both, ``laq`` and ``gcq`` ``[B, T]``. For LAQ's parts call
+    ``aggregator.laq.part_scores(frames)``.
+
+    Args:
+        in_features: C.
+        clip_length: T, the only number of frames it takes (any, with ``assembly="gcq"``).
+        part_size: S of LAQ.
+        assembly: how LAQ and GCQ are joined (the paper's Figs. 4, 5). ``associatively``: LOGA. ``laq``: LAQ alone,
+            x = p. ``gcq``: GCQ alone, w_l uniform. ``separately``: two branches side by side, ``[p, m + FC(V w_g)]``
+            with the plain mean m as the prototype of the second; 2C wide. ``directly``: self-attention over the frames
+            rescaled by w_l; x = the sum of those (which is p) + FC(the mean of what they attend to). The paper does
+            not give the formulas of the last two; ours.
+        quality: what LAQ reads: ``frames``, the images, as in the paper; or ``features``, the maps, for who has only
+            those (ours).
+        scale: of GCQ.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        clip_length: int = 10,
+        part_size: int = 10,
+        *,
+        assembly: str = "associatively",
+        quality: str = "frames",
+        scale: float | None = None,
+    ):
+        assemblies = ("associatively", "separately", "directly", "laq", "gcq")
+        if assembly not in assemblies:
+            raise ValueError(f"LOGA: assembly must be one of {', '.join(assemblies)}, got {assembly!r}.")
+        if quality not in ("frames", "features"):
+            raise ValueError(f"LOGA: quality must be 'frames' or 'features', got {quality!r}.")
+        super().__init__(in_features, 2 * in_features if assembly == "separately" else in_features)
+        self.assembly = assembly
+        self.quality = quality
+        if assembly != "gcq":
+            self.clip_length = clip_length
+            self.needs_frames = quality == "frames"
+            self.needs_maps = quality == "features"
+            self.laq = LAQ(clip_length, part_size)
+        if assembly != "laq":
+            self.gcq = GCQ(in_features, scale)
+            self.fc = nn.Linear(in_features, in_features)
+
+    def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
+        e = frame_vectors(features)
+        if self.assembly == "gcq":
+            w_l = uniform_weights(mask, e)
+        else:
+            w_l = self.laq(features if self.quality == "features" else frames, mask)  # Eq. 1
+        p = weighted_sum(e, w_l)  # Eq. 2
+        if self.assembly == "laq":
+            return Details(p, mask, w_l, {"laq": w_l}, {})
+        if self.assembly == "separately":
+            m = masked_mean(e, mask)
+            w_g, attended = self.gcq(m, e, mask)
+            x = torch.cat([p, m + self.fc(attended)], 1)
+        elif self.assembly == "directly":
+            rescaled = e * w_l.to(e.dtype)[..., None]
+            w_g, attended = self.gcq(rescaled, rescaled, mask)
+            x = p + self.fc(attended)
+        else:
+            w_g, attended = self.gcq(p, e, mask)  # Eqs. 3, 7, 8
+            x = p + self.fc(attended)  # Eqs. 4, 9
+        return Details(x, mask, (w_l + w_g) / 2, {"laq": w_l, "gcq": w_g}, {})
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, assembly={self.assembly!r}, quality={self.quality!r}"

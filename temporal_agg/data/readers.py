@@ -1,0 +1,250 @@
+"""Files -> :class:`TrackletData`: the layouts for one's own tracklets, data sets by name, repeated identity splits."""
+
+import csv
+import difflib
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .synthetic import synthetic_data
+from .tracklet import Tracklet, TrackletData, tracklet_key
+
+__all__ = ["identity_splits", "open_dataset", "parse_data_spec", "read_csv", "read_folder"]
+
+SPLITS = ("train", "query", "gallery")
+COLUMNS = ("split", "pid", "camera", "tracklet", "path")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+LAYOUT = "<root>/{train,query,gallery}/<pid>/<camera>_<tracklet>/<frame>.jpg"
+
+_logger = logging.getLogger(__name__)
+
+
+def read_folder(root: str | Path) -> TrackletData:
+    """Reads ``<root>/{train,query,gallery}/<pid>/<camera>_<tracklet>/*.jpg|png``.
+
+    ``pid`` and ``camera`` are integers (camera -1: unknown), ``tracklet`` is any text. The frames of a tracklet are
+    sorted by the numbers in their names (``9.jpg`` before ``10.jpg``). Hidden files and files that are no images are
+    left out. A set may have only ``train``, or only ``query`` and ``gallery``.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of the three splits in it.
+        ValueError: a folder whose name does not fit or that holds no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: expected {LAYOUT}. Check the path.")
+    found = [split for split in SPLITS if (root / split).is_dir()]
+    if not found or ("query" in found) != ("gallery" in found):
+        missing = " and ".join(str(root / split) for split in SPLITS if split not in found)
+        raise FileNotFoundError(
+            f"no folder {missing}: expected {LAYOUT}, with train, with query and gallery, or with all three."
+        )
+    data = {split: list(_folder_tracklets(root / split)) for split in found}
+    for split, tracklets in data.items():
+        if not tracklets:
+            raise ValueError(f"{root / split} holds no tracklet: expected {LAYOUT}. Fill the folder or remove it.")
+    return TrackletData(*(data.get(split, []) for split in SPLITS), name=str(root))
+
+
+def _folder_tracklets(split: Path) -> Iterator[Tracklet]:
+    for person in _subfolders(split):
+        if not re.fullmatch(r"-?\d+", person.name):
+            raise ValueError(
+                f"{person} should be named by an identity, an integer such as 0012: expected {LAYOUT}. Rename it."
+            )
+        tracklets = _subfolders(person)
+        if not tracklets:
+            raise ValueError(f"{person} holds no tracklet: expected {LAYOUT}. Fill the folder or remove it.")
+        for folder in tracklets:
+            match = re.fullmatch(r"(-?\d+)_(.+)", folder.name)
+            if not match:
+                raise ValueError(
+                    f"{folder} should be named <camera>_<tracklet>, such as 2_0001 (-1_0001: camera unknown): "
+                    f"expected {LAYOUT}. Rename it."
+                )
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries]
+            images = [name for name in names if _is_image(name)]
+            if not images:
+                raise ValueError(
+                    f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}): a tracklet needs at least one frame. "
+                    "Fill the folder or remove it."
+                )
+            if len(images) < len(names):
+                _logger.debug("%s: left out %d entries that are no images", folder, len(names) - len(images))
+            frames = [folder / name for name in sorted(images, key=frame_order)]
+            name = f"{split.name}/{person.name}/{folder.name}"
+            yield Tracklet(frames, int(person.name), int(match[1]), name)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """The folders in ``folder`` in natural order; images beside them mean that a level is missing."""
+    with os.scandir(folder) as entries:
+        entries = list(entries)
+    for entry in entries:
+        if entry.is_file() and _is_image(entry.name):
+            raise ValueError(f"the image {entry.path} lies where only folders are expected: the layout is {LAYOUT}.")
+    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "@", "__"))]
+    return [folder / name for name in sorted(names, key=frame_order)]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def frame_order(name: str) -> list[str | int]:
+    """Sort key that compares the numbers in a name as numbers."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def read_csv(file: str | Path) -> TrackletData:
+    """Reads a CSV file with the columns ``split,pid,camera,tracklet,path``: one row a frame, in order.
+
+    ``split`` is train, query or gallery; paths are relative to the folder of the CSV file; camera -1: unknown. Rows
+    with the same split, pid, camera and tracklet are one tracklet.
+
+    Raises:
+        FileNotFoundError: no such file, or a row whose image does not exist.
+        ValueError: a missing column, or a row with a wrong value (the message has its line).
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}: expected a CSV file with the columns {','.join(COLUMNS)}.")
+    tracklets: dict[tuple, list[Path]] = {}
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{file}: the first line should name the columns {','.join(COLUMNS)}; missing {', '.join(missing)} in "
+                f"{','.join(reader.fieldnames or ()) or 'an empty file'!r}."
+            )
+        for row in reader:
+            key, path = _csv_row(row, f"{file}, line {reader.line_num}")
+            path = file.parent / path
+            if not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{file}, line {reader.line_num}: no image {path} (paths are relative to the CSV file's folder)."
+                )
+            tracklets.setdefault(key, []).append(path)
+    if not tracklets:
+        raise ValueError(f"{file} has no row below its header: expected one row a frame.")
+    data: dict[str, list[Tracklet]] = {split: [] for split in SPLITS}
+    for (split, pid, camera, tracklet), frames in tracklets.items():
+        data[split].append(Tracklet(frames, pid, camera, f"{split}/{pid}/{camera}_{tracklet}"))
+    return TrackletData(**data, name=str(file))
+
+
+def _csv_row(row: dict[str, str | None], where: str) -> tuple[tuple[str, int, int, str], str]:
+    values = [(row[column] or "").strip() for column in COLUMNS]
+    split, pid, camera, tracklet, path = values
+    if split not in SPLITS:
+        raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    for column, value in (("pid", pid), ("camera", camera)):
+        if not re.fullmatch(r"-?\d+", value):
+            hint = " (-1: unknown)" if column == "camera" else ""
+            raise ValueError(f"{where}: {column} must be an integer{hint}, got {value!r}.")
+    if not path:
+        raise ValueError(f"{where}: path is empty; expected an image file.")
+    return (split, int(pid), int(camera), tracklet), path
+
+
+_DATASETS: dict[str, Callable[..., TrackletData]] = {
+    "csv": read_csv,
+    "folder": read_folder,
+    "synthetic": synthetic_data,
+}
+
+
+def open_dataset(name: str, root: str | Path | None = None, **options) -> TrackletData:
+    """Opens a data set by name.
+
+    Args:
+        name: ``folder``, ``csv`` or ``synthetic``.
+        root: the folder or file that it lies in; none for ``synthetic``.
+        **options: further arguments of its reader.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or a root that is missing or not wanted.
+        TypeError: an unknown option (the message lists those it has).
+    """
+    if name not in _DATASETS:
+        near = difflib.get_close_matches(name, _DATASETS, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"no data set is named {name!r}; {hint}All: {', '.join(sorted(_DATASETS))}.")
+    reader = _DATASETS[name]
+    parameters = list(inspect.signature(reader).parameters.values())
+    takes_root = parameters[0].default is inspect.Parameter.empty
+    if takes_root and root is None:
+        raise ValueError(f"data set {name!r} needs the path that it lies in: root=..., or {name}:<path>.")
+    if root is not None and not takes_root:
+        raise ValueError(f"data set {name!r} lies in no file, got root={str(root)!r}: leave it out.")
+    known = [p.name for p in parameters[takes_root:]]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"data set {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}.")
+    return reader(root, **options) if takes_root else reader(**options)
+
+
+def parse_data_spec(spec: str, **options) -> TrackletData:
+    """Opens what a command line calls ``synthetic``, ``folder:<root>`` or ``csv:<file>`` (see :func:`open_dataset`)."""
+    name, _, root = spec.partition(":")
+    return open_dataset(name, root or None, **options)
+
+
+def identity_splits(data: TrackletData, k: int, seed: int = 0) -> list[TrackletData]:
+    """Splits a small data set ``k`` times into random halves of its identities, one to train on and one to test on.
+
+    The tracklets of all its splits are pooled. A test identity's tracklets of its first camera become queries, the
+    others gallery (where cameras are unknown: its first tracklet is the query). An identity that could not be matched
+    (one tracklet, or one camera while the set has several) is only ever trained on; junk (pid < 0) is left out. A set
+    from a single camera is taken as one with unknown cameras, since an evaluation ignores the same camera.
+
+    Args:
+        data: the set; it need not have all three splits.
+        k: how many splits; a smaller ``k`` gives the first ones of a larger.
+        seed: draws them.
+
+    Raises:
+        ValueError: k < 1, or fewer than four identities that can be matched.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    pool = {tracklet_key(t): t for t in (*data.train, *data.query, *data.gallery) if t.pid >= 0}
+    tracklets = list(pool.values())
+    if len({t.camera for t in tracklets}) == 1:
+        tracklets = [replace(t, camera=-1) for t in tracklets]
+    people: dict[int, list[Tracklet]] = {}
+    for t in tracklets:
+        people.setdefault(t.pid, []).append(t)
+
+    def can_match(own: list[Tracklet]) -> bool:
+        return len(own) > 1 and (own[0].camera == -1 or len({t.camera for t in own}) > 1)
+
+    matched = sorted(pid for pid, own in people.items() if can_match(own))
+    if len(matched) < 4:
+        raise ValueError(
+            f"identity splits need at least 4 identities with tracklets in two cameras (or two tracklets where cameras "
+            f"are unknown); data set {data.name!r} has {len(matched)}."
+        )
+    alone = [t for pid in sorted(people.keys() - set(matched)) for t in people[pid]]
+    generator = torch.Generator().manual_seed(seed)
+    splits = []
+    for i in range(k):
+        order = [matched[j] for j in torch.randperm(len(matched), generator=generator).tolist()]
+        half = len(order) // 2
+        train = [t for pid in sorted(order[:half]) for t in people[pid]] + alone
+        query, gallery = [], []
+        for pid in sorted(order[half:]):
+            own = sorted(people[pid], key=lambda t: t.camera)
+            first = sum(t.camera == own[0].camera for t in own) if own[0].camera != -1 else 1
+            query += own[:first]
+            gallery += own[first:]
+        splits.append(TrackletData(train, query, gallery, f"{data.name}, identity split {i + 1} of {k}"))
+    return splits

@@ -1,0 +1,144 @@
+"""Which frames of a tracklet make a clip: one random clip in training, all clips of the tracklet in a test."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["cut_tracklet", "sample_frames", "seeded_generator"]
+
+FILLS = ("repeat", "last", "mask")
+TRAIN_POLICIES = ("random", "adjacent", "chunks", "even", "all")
+TEST_POLICIES = ("dense", "all", "chunks", "even")
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A generator whose state is a function of the integers (>= 0) in ``key``; unlike keys give unrelated streams."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def sample_frames(
+    num_frames: int,
+    length: int,
+    policy: str = "chunks",
+    *,
+    fill: str = "repeat",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws one training clip.
+
+    Args:
+        num_frames: frames of the tracklet, n.
+        length: frames of the clip, L.
+        policy: ``random``: distinct frames; ``adjacent``: consecutive frames from a random start; ``chunks``:
+            restricted random sampling, one random frame from each of L chunks of ceil(n / L) frames, the last frame
+            repeated to fill them; ``even``: the middle frames of L equal parts, nothing random; ``all``: every frame,
+            whatever L is. Frames are in temporal order.
+        fill: what follows the frames of a tracklet with n < L: ``repeat`` them cyclically, repeat the ``last``, or pad
+            and ``mask`` the padding.
+        generator: draws; None = torch's global generator.
+
+    Returns:
+        Frame indices, int64 ``[L]``, and the mask, bool ``[L]``, True = real (padding points at the last frame).
+
+    Raises:
+        ValueError: an unknown policy or fill, or a number below 1.
+    """
+    _check(num_frames, length, policy, TRAIN_POLICIES, fill)
+    n = num_frames
+    if policy == "all":
+        return _whole(n)
+    if n < length:
+        return _filled(torch.zeros(1, dtype=torch.int64), n, length, fill, squeeze=True)
+    if policy == "random":
+        indices = torch.randperm(n, generator=generator)[:length].sort().values
+    elif policy == "adjacent":
+        indices = torch.randint(n - length + 1, (1,), generator=generator) + torch.arange(length)
+    elif policy == "chunks":
+        chunk = math.ceil(n / length)
+        within = torch.randint(chunk, (length,), generator=generator)
+        indices = (torch.arange(length) * chunk + within).clamp(max=n - 1)
+    else:
+        indices = _even(n, length)
+    return indices, torch.ones(length, dtype=torch.bool)
+
+
+def cut_tracklet(
+    num_frames: int,
+    length: int,
+    policy: str = "dense",
+    *,
+    stride: int | None = None,
+    fill: str = "repeat",
+    tail: str = "fill",
+) -> tuple[Tensor, Tensor]:
+    """Cuts a test tracklet into N clips; nothing is random.
+
+    Args:
+        num_frames: frames of the tracklet, n.
+        length: frames of a clip, L.
+        policy: ``dense``: a window every ``stride`` frames until the last frame is covered; ``all``: one clip of every
+            frame, whatever L is; ``chunks``: one clip of the first frame of each of L chunks of ceil(n / L) frames, the
+            last frame repeated to fill them; ``even``: one clip of the middle frames of L equal parts.
+        stride: frames between the starts of dense windows, 1 to L; None = L.
+        fill: what follows the frames of a window that runs over the end (n < L included): ``repeat`` its frames
+            cyclically, repeat the ``last``, or pad and ``mask`` the padding.
+        tail: the last dense window of a tracklet with n >= L: ``fill`` it, or ``shift`` it back to end with
+            the tracklet.
+
+    Returns:
+        Frame indices, int64 ``[N, L]``, and the mask, bool ``[N, L]``, True = real (padding points at the last frame).
+
+    Raises:
+        ValueError: an unknown policy, fill or tail, or a number out of range.
+    """
+    _check(num_frames, length, policy, TEST_POLICIES, fill)
+    if tail not in ("fill", "shift"):
+        raise ValueError(f"tail must be 'fill' or 'shift', got {tail!r}.")
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride must be 1 to length = {length} (a larger one would leave frames out), got {stride}.")
+    n = num_frames
+    if policy == "all":
+        indices, mask = _whole(n)
+        return indices[None], mask[None]
+    if policy == "dense" or n < length:
+        count = math.ceil(max(n - length, 0) / stride) + 1
+        starts = torch.arange(count) * stride
+        if tail == "shift":
+            starts = starts.clamp(max=max(n - length, 0))
+        return _filled(starts, n, length, fill)
+    if policy == "chunks":
+        indices = (torch.arange(length) * math.ceil(n / length)).clamp(max=n - 1)
+    else:
+        indices = _even(n, length)
+    return indices[None], torch.ones(1, length, dtype=torch.bool)
+
+
+def _whole(n: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n), torch.ones(n, dtype=torch.bool)
+
+
+def _even(n: int, length: int) -> Tensor:
+    return (2 * torch.arange(length) + 1) * n // (2 * length)
+
+
+def _filled(starts: Tensor, n: int, length: int, fill: str, squeeze: bool = False) -> tuple[Tensor, Tensor]:
+    """Windows of ``length`` frames from each start, those that run over frame n - 1 filled."""
+    offsets = torch.arange(length)
+    real = offsets < (n - starts)[:, None]
+    if fill == "repeat":
+        offsets = offsets % (n - starts).clamp(max=length)[:, None]
+    indices = (starts[:, None] + offsets).clamp(max=n - 1)
+    mask = real if fill == "mask" else torch.ones_like(real)
+    return (indices[0], mask[0]) if squeeze else (indices, mask)
+
+
+def _check(num_frames: int, length: int, policy: str, policies: tuple[str, ...], fill: str) -> None:
+    if num_frames < 1 or length < 1:
+        raise ValueError(f"num_frames and length must be at least 1, got {num_frames} and {length}.")
+    if policy not in policies:
+        raise ValueError(f"policy must be one of {', '.join(policies)}, got {policy!r}.")
+    if fill not in FILLS:
+        raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")

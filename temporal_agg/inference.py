@@ -1,0 +1,214 @@
+"""Whole tracklets of any length -> one embedding each."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from traceback import clear_frames
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .aggregators import ClipConfig
+from .data import ClipTransform, Tracklet, cut_tracklet
+
+if TYPE_CHECKING:
+    from .models import TrackletModel
+
+__all__ = ["embed_tracklets"]
+
+DECODE = 32  # frames that a worker hands over at once
+FLUSH = 16  # aggregator calls between two waits for the device
+
+
+def embed_tracklets(
+    model: "TrackletModel",
+    tracklets: Sequence[Tracklet],
+    *,
+    frames_per_batch: int = 256,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    num_workers: int | None = None,
+) -> Tensor:
+    """Embeds whole tracklets, cut into clips as ``model.clip`` says.
+
+    A tracklet's embedding is the mean of its clips' embeddings, not normalised before. Every frame that a clip needs is
+    read and passes the backbone once, also where clips overlap; batches are filled across tracklets; features are kept
+    only until the last clip that needs them. The model runs in evaluation mode, without gradients, and gets back the
+    mode that it had. Mixed precision is the caller's: wrap the call in ``torch.autocast``. Optical flow is not read.
+
+    Args:
+        model: turns clips into embeddings.
+        tracklets: what to embed, each with ``len()``, ``name`` and ``load()``.
+        frames_per_batch: frames in one pass of the backbone, and at most (one clip at least) of the aggregator. It
+            bounds memory and does not change the result.
+        device: moves the model there first; None = where it is.
+        progress: shows a bar on a terminal if tqdm is installed.
+        num_workers: processes that read frames; 0 = none but this one; None = 1 for a model on the CPU, which needs the
+            cores itself, else up to 8.
+
+    Returns:
+        float32 ``[N, D]`` on the CPU, in the order of the tracklets.
+
+    Raises:
+        ValueError: no tracklet, a tracklet without a frame, or ``frames_per_batch`` below 1.
+    """
+    if not len(tracklets):
+        raise ValueError("tracklets is empty: there is nothing to embed.")
+    if frames_per_batch < 1:
+        raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
+    plan = _plan(tracklets, model.clip, frames_per_batch)
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    if num_workers is None:
+        num_workers = 1 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    loader = DataLoader(
+        _Frames(tracklets, plan, model.data_config, frames_per_batch),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader seeds its workers: not from the global generator
+    )
+
+    modes = [(module, module.training) for module in model.modules()]
+    out = torch.zeros(len(tracklets), model.num_features)
+    model.eval()
+    try:
+        with torch.inference_mode(), _bar(len(plan.frames), progress) as bar:
+            _embed(model, plan.calls, _batches(loader, frames_per_batch, device, bar), out)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return out / plan.clips[:, None]
+
+
+class _Call(NamedTuple):
+    """One call of the aggregator: n clips of L frames."""
+
+    owners: Tensor  # [n], the clips' tracklets
+    frames: Tensor  # [n, L], places in the plan's frames
+    mask: Tensor  # [n, L]
+
+
+class _Plan(NamedTuple):
+    owners: Tensor  # [F], the tracklet of each distinct frame, ascending
+    frames: Tensor  # [F], its index in the tracklet
+    clips: Tensor  # [N], how many clips each tracklet has
+    calls: list[_Call]
+
+
+def _plan(tracklets: Sequence[Tracklet], clip: ClipConfig, frames_per_batch: int) -> _Plan:
+    """What to read, in order, and what to aggregate from it. Clips of one length share a call."""
+    frames, clips, start = [], [], 0
+    for i, tracklet in enumerate(tracklets):
+        if not len(tracklet):
+            raise ValueError(f"tracklets[{i}] ({getattr(tracklet, 'name', tracklet)!r}) has no frame: leave it out.")
+        indices, mask = cut_tracklet(
+            len(tracklet), clip.length, clip.test_sampling, stride=clip.stride, fill=clip.fill, tail=clip.tail
+        )
+        distinct, places = indices.unique(return_inverse=True)
+        clips.append(_Call(torch.full((len(indices),), i), start + places, mask))
+        frames.append(distinct)
+        start += len(distinct)
+
+    calls = []
+    for length, group in groupby(clips, key=lambda call: call.mask.shape[1]):
+        size = max(1, frames_per_batch // length)
+        joined = (torch.cat(parts).split(size) for parts in zip(*group, strict=True))
+        calls += [_Call(*parts) for parts in zip(*joined, strict=True)]
+    owners = torch.arange(len(tracklets)).repeat_interleave(torch.tensor([len(f) for f in frames]))
+    return _Plan(owners, torch.cat(frames), torch.tensor([len(call.owners) for call in clips]), calls)
+
+
+class _Frames(Dataset):
+    """The plan's frames in order, read and transformed, in parts that never cross a batch of the backbone."""
+
+    def __init__(self, tracklets: Sequence[Tracklet], plan: _Plan, data_config: dict, frames_per_batch: int):
+        self.tracklets = tracklets
+        self.owners = plan.owners
+        self.frames = plan.frames
+        self.parts = [
+            range(part, min(part + DECODE, batch + frames_per_batch, len(plan.frames)))
+            for batch in range(0, len(plan.frames), frames_per_batch)
+            for part in range(batch, min(batch + frames_per_batch, len(plan.frames)), DECODE)
+        ]
+        self.transform = ClipTransform(
+            data_config["input_size"][1:], data_config["mean"], data_config["std"], data_config["interpolation"]
+        )
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> Tensor:
+        part = slice(self.parts[i].start, self.parts[i].stop)
+        frames = []
+        owners, counts = self.owners[part].unique_consecutive(return_counts=True)
+        for owner, indices in zip(owners.tolist(), self.frames[part].split(counts.tolist()), strict=True):
+            frames += self.tracklets[owner].load(indices.tolist())
+        return self.transform(frames)
+
+
+def _batches(loader: DataLoader, frames_per_batch: int, device: torch.device, bar) -> Iterator[Tensor]:
+    """Joins the loader's parts to batches of ``frames_per_batch`` frames on the device; the last may be smaller."""
+    parts, count = [], 0
+    try:
+        for i, part in enumerate(loader, 1):
+            parts.append(part.to(device, non_blocking=True))
+            count += len(part)
+            if count == frames_per_batch or i == len(loader):
+                if bar is not None:
+                    bar.update(count)
+                yield torch.cat(parts) if len(parts) > 1 else parts[0]
+                parts, count = [], 0
+    except Exception as error:
+        clear_frames(error.__traceback__)  # a cycle in them would keep the workers and end them seconds late
+        raise
+
+
+def _embed(model: "TrackletModel", calls: list[_Call], batches: Iterator[Tensor], out: Tensor) -> None:
+    """Adds every clip's embedding to its tracklet's row of ``out``."""
+    aggregator = model.aggregator
+    # The first frame that a call or any later one needs: everything before it can go.
+    needed = torch.stack([call.frames.min() for call in calls]).flip(0).cummin(0).values.flip(0).tolist()
+    kept: list[tuple[Tensor, Tensor | None]] = []  # batches of features, and of images where they are wanted
+    start = stop = 0  # the frames that they hold
+    done: list[tuple[Tensor, Tensor]] = []
+    for k, call in enumerate(calls):
+        while stop <= int(call.frames.max()):
+            images = next(batches)
+            features = model.encode_frames(images)
+            if not aggregator.needs_maps:
+                features = features.mean((2, 3))
+            kept.append((features, images if aggregator.needs_frames else None))
+            stop += len(images)
+        while start + len(kept[0][0]) <= needed[k]:
+            start += len(kept.pop(0)[0])
+        places = (call.frames - start).to(images.device, non_blocking=True)
+        embeddings = aggregator(
+            _take([features for features, _ in kept], places),
+            None if call.mask.all() else call.mask.to(images.device),
+            frames=_take([images for _, images in kept], places) if aggregator.needs_frames else None,
+        )
+        done.append((call.owners, embeddings.float()))
+        if len(done) == FLUSH or k == len(calls) - 1:
+            owners, embeddings = (torch.cat(parts) for parts in zip(*done, strict=True))
+            out.index_add_(0, owners, embeddings.cpu())
+            done.clear()
+
+
+def _take(batches: list[Tensor], places: Tensor) -> Tensor:
+    return (torch.cat(batches) if len(batches) > 1 else batches[0])[places]
+
+
+def _bar(total: int, progress: bool):
+    if progress:
+        try:
+            from tqdm import tqdm
+
+            return tqdm(total=total, unit="frame", desc="embed", disable=None, leave=False)
+        except ImportError:
+            pass
+    return nullcontext()

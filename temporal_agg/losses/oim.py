@@ -1,0 +1,86 @@
+"""Online Instance Matching loss (Xiao et al., CVPR 2017, arXiv:1604.01850; its part with labels), as GRL uses it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..aggregators.base import at_least_float32
+
+__all__ = ["OIMLoss"]
+
+
+class OIMLoss(nn.Module):
+    """Cross-entropy of the similarities to a table that holds one vector per identity.
+
+    loss = cross_entropy(scale * x . table^T, label), mean over the real samples. The table is a buffer, learned by
+    moving averages instead of gradients: :meth:`forward` in training mode remembers its samples, and
+    :meth:`after_step`, to be called after each optimizer step, takes them up. So every loss of a step, gradient
+    accumulation included, reads the table as it stood before the step. In training without :meth:`after_step` the
+    remembered samples pile up.
+
+    The loss does not communicate. With several processes, give each of them the gathered samples of all, in the same
+    order: the tables then stay equal by themselves.
+
+    Args:
+        num_classes: identities; labels are 0 to ``num_classes - 1``.
+        num_features: D.
+        scale: the factor of the similarities (an inverse temperature).
+        momentum: the share of the old vector in an update.
+    """
+
+    def __init__(self, num_classes: int, num_features: int, scale: float = 30.0, momentum: float = 0.5):
+        super().__init__()
+        self.scale = scale
+        self.momentum = momentum
+        self.register_buffer("table", torch.zeros(num_classes, num_features))
+        self._samples = []
+
+    def forward(self, embeddings: Tensor, labels: Tensor, mask: Tensor | None = None, turn: int = 0) -> Tensor:
+        """Computes the loss, and in training mode remembers the samples for :meth:`after_step`.
+
+        Args:
+            embeddings: ``[N, D]``, L2-normalised.
+            labels: int64 ``[N]``.
+            mask: bool ``[N]``, the samples that count, for the loss and for the table; None = all.
+            turn: for several losses that share the table: the samples of a step enter it by turn, lowest first,
+                whatever the order of the calls.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the table.
+        """
+        D = self.table.shape[1]
+        if mask is None:
+            mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
+        if embeddings.shape != (len(labels), D) or not labels.shape == mask.shape == embeddings.shape[:1]:
+            raise ValueError(
+                f"expected embeddings [N, {D}], labels [N] and mask [N], got {list(embeddings.shape)}, "
+                f"{list(labels.shape)} and {list(mask.shape)}."
+            )
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x = at_least_float32(embeddings)
+            loss = F.cross_entropy(self.scale * x @ self.table.to(x.dtype).T, labels, reduction="none")
+        if self.training:
+            self._samples.append((turn, x.detach(), labels, mask))
+        return torch.where(mask, loss, 0).sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Takes up the remembered samples, in order: row = m * row + (1 - m) * x, then L2-normalised."""
+        samples = sorted(self._samples, key=lambda sample: sample[0])
+        self._samples = []
+        if not samples:
+            return
+        x, labels, mask = (torch.cat(column) for column in list(zip(*samples, strict=True))[1:])
+        x, labels = x[mask].to(self.table.dtype), labels[mask]
+        # Identities do not touch each other's rows: one round takes the k-th sample of every identity that has one.
+        order = labels.argsort(stable=True)
+        rows, counts = labels.unique(return_counts=True)
+        first = counts.cumsum(0) - counts
+        for k in range(max(counts.tolist(), default=0)):
+            more = counts > k
+            row = rows[more]
+            update = self.momentum * self.table[row] + (1 - self.momentum) * x[order[first[more] + k]]
+            self.table[row] = F.normalize(update, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.table.shape)}, scale={self.scale}, momentum={self.momentum}"

@@ -1,0 +1,326 @@
+"""Any timm backbone as a frame encoder: images -> the last feature maps ``[N, C, h, w]``."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import BlurPool2d, PatchEmbed
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["FrameEncoder"]
+
+DEFAULT_SIZE = (256, 128)
+_RESERVED = {"checkpoint_path", "features_only", "img_size", "num_classes", "pretrained"}
+_MISFIT = (AssertionError, RuntimeError, TypeError, ValueError)  # what timm's models raise at a size they do not take
+
+
+class FrameEncoder(nn.Module):
+    """Frames -> feature maps, by any timm model.
+
+    The maps are those of the model's last stage, after its final norm where it has one. The classifier and what else
+    the maps do not need is removed; parameters that the maps still do not depend on (unused branches in HRNet, CrossViT
+    and CoaT) are frozen, so that every parameter that requires a gradient gets one.
+
+    Frames are 256 x 128 unless ``img_size`` says otherwise, rounded down to whole patches (252 x 126 for patches of
+    14). Where a model works at its own input size only, that is kept: ``data_config["input_size"]`` has what came of
+    it.
+
+    Args:
+        backbone: the name of a timm model; or an instance, which is then changed in place.
+        pretrained: load timm's weights, downloading them if need be. For a name only.
+        last_stride: 1 = the last stage of a ResNet keeps the resolution of the one before it, without dilation;
+            2 or None = as timm builds it.
+        img_size: height and width of the frames, in pixels.
+        grad_checkpointing: compute the activations again in the backward pass instead of keeping them, as far as timm's
+            model does.
+        backbone_kwargs: further arguments of ``timm.create_model``. For a name only.
+
+    Attributes:
+        num_features: C.
+        data_config: ``input_size`` (3, H, W), ``mean``, ``std`` and ``interpolation`` of the frames.
+        config: the arguments that rebuild it, but for weights and checkpointing; None for an instance.
+
+    Raises:
+        TypeError: an instance that is no timm model, or arguments that go with a name only.
+        ValueError: an unknown name (the message has the nearest ones), a size that the model does not take,
+            ``last_stride=1`` outside the ResNet family, or checkpointing where the model has none.
+    """
+
+    uses_flow = False  # True: forward takes optical flow
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        pretrained: bool = False,
+        last_stride: int | None = None,
+        img_size: tuple[int, int] | None = None,
+        grad_checkpointing: bool = False,
+        backbone_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        if last_stride not in (None, 1, 2):
+            raise ValueError(f"last_stride must be 1, 2 or None, got {last_stride!r}.")
+        backbone_kwargs = dict(backbone_kwargs or {})
+        if isinstance(backbone, str):
+            if reserved := sorted(_RESERVED & set(backbone_kwargs)):
+                raise TypeError(f"backbone_kwargs cannot have {', '.join(reserved)}: the encoder sees to that itself.")
+            check_backbone_name(backbone)
+            build = partial(_create, backbone, pretrained, backbone_kwargs)
+        else:
+            if pretrained or backbone_kwargs:
+                raise TypeError("pretrained and backbone_kwargs go with the name of a model, not with an instance.")
+            if not hasattr(backbone, "forward_intermediates"):
+                raise TypeError(
+                    f"{type(backbone).__name__} has no forward_intermediates: pass the name of a timm model, or what "
+                    "timm.create_model returns without features_only."
+                )
+            build = partial(_resize, backbone, exact=img_size is not None)
+
+        maps, size = self._fit(build, img_size)
+        if maps.dim() != 4:
+            raise ValueError(
+                f"{type(self.backbone).__name__} gave {list(maps.shape)} where maps [1, C, h, w] were expected: it cannot "
+                "be used as a frame encoder."
+            )
+        _freeze_unreached(self.backbone, maps)
+        self.num_features = maps.shape[1]
+        self.data_config = {**_data_config(self.backbone), "input_size": (3, *size)}
+        self.config = None
+        if isinstance(backbone, str):
+            self.config = {
+                "backbone": backbone,
+                "last_stride": None,
+                "img_size": list(size),
+                "backbone_kwargs": backbone_kwargs,
+            }
+        if last_stride == 1:
+            self.remove_last_stride()
+        elif last_stride == 2 and not self.has_last_stride:
+            raise ValueError(_NO_LAST_STRIDE.format(type(self.backbone).__name__, 2))
+        if grad_checkpointing:
+            try:
+                self.backbone.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError) as error:
+                raise ValueError(
+                    f"{type(self.backbone).__name__} has no gradient checkpointing: leave grad_checkpointing out."
+                ) from error
+
+    def forward(self, frames: Tensor, flow: Tensor | None = None) -> Tensor:
+        """Encodes frames.
+
+        Args:
+            frames: ``[N, 3, H, W]``, floating point, normalised as ``data_config`` says.
+            flow: must be None: only STAR's encoder has a stem for optical flow.
+
+        Returns:
+            Feature maps ``[N, C, h, w]``.
+
+        Raises:
+            TypeError: frames that are no floating-point tensor.
+            ValueError: a wrong shape, or a flow.
+        """
+        check_images("frames", frames, 3)
+        if flow is not None:
+            raise ValueError(
+                "this encoder has no stem for optical flow: leave flow out, or build the model as star_<resnet>."
+            )
+        return self._maps(frames)
+
+    @property
+    def has_last_stride(self) -> bool:
+        """Whether ``last_stride`` applies: the ResNet family, the way timm builds it by default."""
+        return isinstance(self.backbone, ResNet) and any(_strided(self.backbone.layer4[0]))
+
+    def remove_last_stride(self) -> None:
+        """What ``last_stride=1`` does. The weights stay what they are.
+
+        Every operation of the last stage's first block that has stride 2 gets stride 1 and is else unchanged, so that
+        the convolutions give at the even positions what they gave before.
+
+        Raises:
+            ValueError: not a ResNet, or one whose last stage has no stride any more.
+        """
+        if not self.has_last_stride:
+            raise ValueError(_NO_LAST_STRIDE.format(type(self.backbone).__name__, 1))
+        block = self.backbone.layer4[0]
+        for parent, name, module in list(_strided(block)):
+            if isinstance(module, nn.AvgPool2d) and module.kernel_size in (2, (2, 2)):
+                setattr(parent, name, UnstridedAvgPool())
+            else:
+                module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1
+        if hasattr(block, "stride"):
+            block.stride = 1
+        info = self.backbone.feature_info[-1]
+        info["reduction"] = info["reduction"] // 2
+        if self.config is not None:
+            self.config["last_stride"] = 1
+
+    def _maps(self, frames: Tensor) -> Tensor:
+        return self.backbone.forward_intermediates(
+            frames, indices=self._indices, output_fmt="NCHW", intermediates_only=True, **self._norm
+        )[0]
+
+    def _fit(
+        self, build: Callable[[tuple[int, int] | None], nn.Module], size: tuple[int, int] | None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Builds the backbone for the wanted size, or failing the default one for its own; returns maps and size."""
+        if size is not None:
+            size = tuple(size)
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"img_size must be the height and width of the frames in pixels, got {size}.")
+            try:
+                backbone = build(size)
+                whole = _whole_patches(backbone, size)
+                if whole != size:
+                    raise ValueError(f"its patches do not fill that size, but {whole}")
+                return self._prepare(backbone, size), size
+            except _MISFIT as error:
+                raise ValueError(
+                    f"the backbone does not work with img_size = {size} ({type(error).__name__}: {error}). Try another "
+                    "size, or leave img_size out."
+                ) from error
+        try:
+            backbone = build(DEFAULT_SIZE)
+            size = _whole_patches(backbone, DEFAULT_SIZE)
+            if size != DEFAULT_SIZE:
+                backbone = build(size)
+            return self._prepare(backbone, size), size
+        except _MISFIT:
+            backbone = build(None)
+            size = _own_size(backbone)
+            return self._prepare(backbone, size), size
+
+    def _prepare(self, backbone: nn.Module, size: tuple[int, int]) -> Tensor:
+        """Cuts the backbone down to what the maps need, and returns those of one black frame, with their graph."""
+        self.backbone = backbone
+        self._indices = [-1]
+        if hasattr(backbone, "prune_intermediate_layers"):
+            # The indices count the layers that are left.
+            self._indices = backbone.prune_intermediate_layers([-1], prune_norm=False, prune_head=True)
+        takes_norm = "norm" in inspect.signature(backbone.forward_intermediates).parameters
+        weight = next(backbone.parameters())
+        frame = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+        try:
+            with torch.enable_grad():
+                try:
+                    self._norm = {"norm": True} if takes_norm else {}
+                    return self._maps(frame)
+                except AssertionError:  # hiera refuses the argument
+                    self._norm = {}
+                    return self._maps(frame)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+_NO_LAST_STRIDE = (
+    "{0} has no last stride to set: last_stride={1} is for the ResNet family (resnet, resnext, seresnet, res2net, "
+    "resnest, ...) without output_stride. Leave last_stride out; where the model has an output_stride, "
+    "backbone_kwargs=dict(output_stride=16) keeps the resolution by dilation."
+)
+
+
+class UnstridedAvgPool(nn.Module):
+    """The means over 2 x 2 windows at every position; windows are cut off at the lower and right border."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False)[..., 1:, 1:]
+
+
+def check_backbone_name(name: str) -> None:
+    """Raises ValueError unless timm has a model (and weights tag) of that name; the message has the nearest ones."""
+    arch, _, tag = name.partition(".")
+    if any(c in name for c in ":/\\"):
+        raise ValueError(
+            f"{name!r} is not the name of a timm model; build it with timm.create_model({name!r}, num_classes=0) and "
+            "pass the instance."
+        )
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"timm {timm.__version__} has no model named {arch!r}; {hint}See timm.list_models().")
+    if tag:
+        tags = [model.partition(".")[2] for model in timm.list_models(f"{arch}.*", include_tags=True)]
+        if tag not in tags:
+            raise ValueError(f"{arch!r} has no weights tagged {tag!r}; it has: {', '.join(tags) or 'none'}.")
+
+
+def check_images(name: str, images: Tensor, channels: int, lead: str = "N") -> None:
+    """Raises unless ``images`` is a floating-point tensor ``[lead, channels, H, W]``."""
+    wanted = f"[{lead}, {channels}, H, W]"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"{name} must be a normalised floating-point tensor {wanted}, got {got}.")
+    if images.dim() != lead.count(",") + 4 or images.shape[-3] != channels:
+        raise ValueError(f"{name} must have the shape {wanted}, got {list(images.shape)}.")
+
+
+def _create(name: str, pretrained: bool, kwargs: dict, size: tuple[int, int] | None) -> nn.Module:
+    create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, **kwargs)
+    if size is None:
+        return create()
+    try:
+        return create(img_size=size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create()  # its constructor has no such argument: it takes frames of any size
+
+
+def _resize(backbone: nn.Module, size: tuple[int, int] | None, exact: bool) -> nn.Module:
+    if exact and hasattr(backbone, "set_input_size"):
+        backbone.set_input_size(img_size=size)
+    return backbone
+
+
+def _whole_patches(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """The size without the rows and columns that make no whole patch, and that the backbone would cut off."""
+    embeds = [m for m in backbone.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad]
+    return tuple(s - s % math.lcm(*(embed.patch_size[i] for embed in embeds)) for i, s in enumerate(size))
+
+
+def _own_size(backbone: nn.Module) -> tuple[int, int]:
+    for module in backbone.modules():
+        if isinstance(module, PatchEmbed) and module.img_size is not None:
+            return tuple(module.img_size)
+    return tuple(_data_config(backbone)["input_size"][1:])
+
+
+def _data_config(backbone: nn.Module) -> dict:
+    config = resolve_model_data_config(backbone)
+    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+
+
+def _freeze_unreached(backbone: nn.Module, maps: Tensor) -> None:
+    """Freezes the parameters that the graph of ``maps`` does not lead to."""
+    if maps.grad_fn is None:  # all are frozen already
+        return
+    reached, seen, nodes = set(), set(), [maps.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reached.add(id(getattr(node, "variable", None)))
+        nodes.extend(parent for parent, _ in node.next_functions)
+    for parameter in backbone.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def _strided(block: nn.Module):
+    """The operations of stride 2 in a residual block, each with the module that holds it and its name there."""
+    for parent in block.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, (nn.Conv2d, nn.AvgPool2d, BlurPool2d)) and module.stride in (2, (2, 2)):
+                yield parent, name, module

@@ -1,0 +1,171 @@
+"""The frame encoder of STAR: LSTA blocks in a ResNet, and a second stem for optical flow.
+
+Wu, Zhu, Gong: Spatio-Temporal Associative Representation for Video Person Re-Identification, BMVC 2019, Sec. 3.1, 3.2.
+"""
+
+import torch
+from timm.models import checkpoint_seq
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .encoder import FrameEncoder, check_images
+
+__all__ = ["LSTA", "StarEncoder"]
+
+VARIANTS = ("lsta", "7x7", "undilated", "no_spatial", "cbam", "se")
+
+
+class LSTA(nn.Module):
+    """Channel attention, then spatial attention over three receptive fields (Eqs. 4 and 5).
+
+    The two sigmoid gates multiply the maps as printed, without a residual: at the start, with gates near 0.5, the maps
+    come out at about a quarter of their size. Eq. 5 prints one W5 for the three dilated convolutions; read as one each.
+
+    The variants are those of the paper's ablation, whose details it does not give (ours):
+
+    * ``lsta``: Eqs. 4 and 5.
+    * ``7x7``: the spatial part is one 7x7 convolution to one channel.
+    * ``undilated``: the three 3x3 convolutions have dilation 1.
+    * ``no_spatial``: Eq. 4 alone.
+    * ``cbam``: CBAM (ECCV 2018) as a block: Eq. 4 without biases, then a 7x7 convolution with BatchNorm.
+    * ``se``: squeeze and excitation (CVPR 2018): Eq. 4 on the average alone.
+
+    Args:
+        channels: C.
+        reduction: r; the channel attention is C / r wide, at least 1.
+        width: the channels of each dilated convolution (the paper does not say; ours).
+        variant: one of the above.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, width: int = 8, variant: str = "lsta"):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}.")
+        self.variant = variant
+        bias = variant != "cbam"
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Linear(channels, hidden, bias=bias)  # W3, b3
+        self.excite = nn.Linear(hidden, channels, bias=bias)  # W4, b4
+        if variant in ("lsta", "undilated"):
+            dilations = (1, 2, 3) if variant == "lsta" else (1, 1, 1)
+            self.context = nn.ModuleList(nn.Conv2d(2, width, 3, padding=d, dilation=d) for d in dilations)  # W5, b5
+            self.fuse = nn.Conv2d(3 * width, 1, 1)  # W6, b6
+        elif variant == "7x7":
+            self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+        elif variant == "cbam":
+            self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, H, W]`` to maps of the same shape."""
+        hidden = F.relu(self.squeeze(x.mean((2, 3))))
+        if self.variant != "se":
+            hidden = hidden + F.relu(self.squeeze(x.amax((2, 3))))
+        x = x * self.excite(hidden).sigmoid()[..., None, None]  # Eq. 4
+        if self.variant in ("se", "no_spatial"):
+            return x
+        pooled = torch.stack([x.mean(1), x.amax(1)], 1)  # M_s
+        if self.variant in ("lsta", "undilated"):
+            scales = torch.cat([conv(pooled) for conv in self.context], 1)
+            return x * self.fuse(F.relu(scales)).sigmoid()  # Eq. 5
+        return x * self.spatial(pooled).sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}"
+
+
+class StarEncoder(FrameEncoder):
+    """A timm ResNet with one LSTA block after each of its four stages, and a stem for optical flow.
+
+    Fresh LSTA gates scale the maps of each stage (see :class:`LSTA`): with pretrained weights, too, the model has to
+    be trained before its BatchNorm statistics fit.
+
+    Args:
+        backbone: the name of a timm model of the ResNet class, or an instance, which is then changed in place.
+        flow: build the flow stem: a 7x7 convolution of its own, BatchNorm, ReLU and 3x3 max pooling.
+        variant: of the LSTA blocks.
+        reduction: of the LSTA blocks.
+        width: of the LSTA blocks.
+        pretrained: as in :class:`FrameEncoder`, like all that follow.
+        last_stride: 1 or 2; None = 2, as the paper does.
+        img_size: height and width of the frames.
+        grad_checkpointing: recompute the residual blocks in the backward pass.
+        backbone_kwargs: further arguments of ``timm.create_model``.
+
+    Attributes:
+        uses_flow: whether there is a flow stem.
+
+    Raises:
+        ValueError: a backbone without a ResNet's stem and four stages, and what :class:`FrameEncoder` refuses.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        flow: bool = True,
+        variant: str = "lsta",
+        reduction: int = 16,
+        width: int = 8,
+        pretrained: bool = False,
+        last_stride: int | None = None,
+        img_size: tuple[int, int] | None = None,
+        grad_checkpointing: bool = False,
+        backbone_kwargs: dict | None = None,
+    ):
+        super().__init__(
+            backbone,
+            pretrained=pretrained,
+            last_stride=last_stride,
+            img_size=img_size,
+            grad_checkpointing=grad_checkpointing,
+            backbone_kwargs=backbone_kwargs,
+        )
+        if not isinstance(self.backbone, ResNet):
+            raise ValueError(
+                f"STAR is built on timm's ResNet class, got {type(self.backbone).__name__}: use resnet18, resnet34, "
+                "resnet50, resnet101 or another of that class; any other backbone works as gsta_<timm model>."
+            )
+        if self.config is not None:
+            self.config |= {"flow": flow, "variant": variant, "reduction": reduction, "width": width}
+        self.uses_flow = flow
+        if flow:
+            channels = self.backbone.feature_info[0]["num_chs"]
+            self.flow_stem = nn.Sequential(
+                nn.Conv2d(2, channels, 7, stride=2, padding=3, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(3, stride=2, padding=1),
+            )
+            nn.init.kaiming_normal_(self.flow_stem[0].weight, mode="fan_out", nonlinearity="relu")
+        stages = [info["num_chs"] for info in self.backbone.feature_info[-4:]]
+        self.lsta = nn.ModuleList(LSTA(channels, reduction, width, variant) for channels in stages)
+
+    def forward(self, frames: Tensor, flow: Tensor | None = None) -> Tensor:
+        """Encodes frames.
+
+        Args:
+            frames: ``[N, 3, H, W]``, floating point, normalised as ``data_config`` says.
+            flow: ``[N, 2, H, W]``, dx and dy to the tracklet's next frame. None leaves the second term of Eq. 2 out;
+                the flow stem's parameters then get no gradient (build with ``flow=False`` to train without flow).
+
+        Returns:
+            Feature maps ``[N, C, h, w]``.
+
+        Raises:
+            TypeError: frames or flow that are no floating-point tensor.
+            ValueError: a wrong shape, or a flow where there is no stem for it.
+        """
+        check_images("frames", frames, 3)
+        net = self.backbone
+        x = net.maxpool(net.act1(net.bn1(net.conv1(frames))))
+        if flow is not None:
+            if not self.uses_flow:
+                raise ValueError("this encoder was built with flow=False: leave flow out, or build it with flow=True.")
+            check_images("flow", flow, 2)
+            if flow.shape[0] != frames.shape[0] or flow.shape[2:] != frames.shape[2:]:
+                raise ValueError(f"flow must fit the frames {list(frames.shape)}, got {list(flow.shape)}.")
+            x = x + self.flow_stem(flow)  # Eq. 2
+        for stage, lsta in zip((net.layer1, net.layer2, net.layer3, net.layer4), self.lsta, strict=True):
+            x = lsta(checkpoint_seq(stage, x) if net.grad_checkpointing else stage(x))
+        return x

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from temporal_agg.data import ClipTransform
+
+MEAN, STD = (0.401, 0.501, 0.601), (0.2, 0.25, 0.3)
+
+
+def frames(count=5, height=40, width=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=g) for _ in range(count)]
+
+
+def normalised(clip):
+    return (clip.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def identical(count=6, **size):
+    """One frame, many times: a clip on which the same draw shows as the same frame."""
+    return frames(1, **size) * count
+
+
+def test_evaluation_resizes_and_normalises():
+    own = frames(2) + frames(1, 64, 32) + frames(1, 32, 16)
+    clip = ClipTransform((32, 16), MEAN, STD)(own)
+    assert clip.shape == (4, 3, 32, 16)
+    assert clip.dtype == torch.float32
+    torch.testing.assert_close(clip[3].double(), normalised(own[3]), rtol=1e-5, atol=1e-5)
+    for i, mode in enumerate(("bilinear", "bicubic")):
+        clip = ClipTransform((32, 16), MEAN, STD, mode)(own)
+        oracle = F.interpolate(own[2][None].double(), (32, 16), mode=mode, antialias=True).clamp(0, 255).round()
+        difference = (clip[2] * torch.tensor(STD).view(3, 1, 1) * 255).double() - (
+            normalised(oracle[0]) * torch.tensor(STD).view(3, 1, 1) * 255
+        )
+        assert difference.abs().max() < 1.5 + i, "uint8 rounding only"
+
+
+def test_no_augmentation_is_evaluation():
+    plain = ClipTransform((32, 16), MEAN, STD, train=True, flip=0)
+    assert torch.equal(plain(frames()), ClipTransform((32, 16), MEAN, STD)(frames()))
+
+
+def test_flip_turns_the_whole_clip():
+    transform = ClipTransform((40, 20), MEAN, STD, train=True, flip=0.5)
+    straight = ClipTransform((40, 20), MEAN, STD)(frames())
+    flips = 0
+    for seed in range(40):
+        clip = transform(frames(), seeded(seed))
+        flipped = torch.equal(clip, straight.flip(3))
+        assert flipped or torch.equal(clip, straight)
+        flips += flipped
+    assert 8 <= flips <= 32
+    assert torch.equal(ClipTransform((40, 20), MEAN, STD, train=True, flip=1.0)(frames()), straight.flip(3))
+
+
+def test_pad_and_crop_shifts_the_whole_clip():
+    transform = ClipTransform((40, 20), MEAN, STD, train=True, flip=0, pad=3)
+    padded = normalised(F.pad(torch.stack(frames()), (3, 3, 3, 3)))
+    places = set()
+    for seed in range(30):
+        clip = transform(frames(), seeded(seed)).double()
+        found = [
+            (y, x)
+            for y in range(7)
+            for x in range(7)
+            if torch.allclose(clip, padded[..., y : y + 40, x : x + 20], atol=1e-5)
+        ]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 12
+
+
+def test_random_crop_cuts_from_an_enlarged_clip():
+    transform = ClipTransform((32, 16), MEAN, STD, train=True, flip=0, random_crop=9 / 8)
+    enlarged = ClipTransform((36, 18), MEAN, STD)(frames())
+    places = set()
+    for seed in range(20):
+        clip = transform(frames(), seeded(seed))
+        found = [(y, x) for y in range(5) for x in range(3) if torch.equal(clip, enlarged[..., y : y + 32, x : x + 16])]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 6
+
+
+def test_erasing_takes_one_rectangle_out_of_every_frame():
+    transform = ClipTransform((40, 20), MEAN, STD, train=True, flip=0, erasing=1.0)
+    straight = ClipTransform((40, 20), MEAN, STD)(frames())
+    assert straight.ne(0).all()
+    for seed in range(10):
+        clip = transform(frames(), seeded(seed))
+        erased = clip[0, 0] == 0
+        rows, columns = erased.any(1), erased.any(0)
+        assert erased.any()
+        assert torch.equal(erased, rows[:, None] & columns), "a rectangle"
+        assert torch.equal(clip, straight.masked_fill(erased, 0)), "the same in every frame and channel"
+
+
+def test_randomness_follows_the_generator_only():
+    transform = ClipTransform((32, 16), train=True, pad=4, random_crop=1.2, erasing=0.7)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    clips = [transform(frames(), seeded(seed)) for seed in (0, 0, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(clips[0], clips[1])
+    assert not torch.equal(clips[0], clips[2])
+    assert not torch.equal(clips[2], clips[3])
+    torch.manual_seed(4)
+    assert torch.equal(transform(frames(), seeded(0)), clips[0])
+    same = transform(identical(), seeded(5))
+    assert all(torch.equal(frame, same[0]) for frame in same)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="height, width"):
+        ClipTransform((32,))
+    with pytest.raises(ValueError, match="random_crop must be at least 1"):
+        ClipTransform((32, 16), random_crop=0.9)
+    with pytest.raises(ValueError, match="probabilities"):
+        ClipTransform((32, 16), flip=2)

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from temporal_agg import Details, create_aggregator
+from temporal_agg.losses import ConsistencyLoss, TripletLoss, create_criterion, list_criteria
+
+
+def details_of(embedding):
+    mask = torch.ones(len(embedding), 3, dtype=torch.bool)
+    return Details(embedding, mask, mask / 3, {}, {})
+
+
+def test_baseline_is_cross_entropy_plus_triplet():
+    torch.manual_seed(0)
+    embedding, labels = torch.randn(6, 8, requires_grad=True), torch.tensor([0, 0, 1, 1, 4, 4])
+    criterion = create_criterion("baseline", 5, create_aggregator("mean", 8), label_smoothing=0.1, margin=0.5)
+    terms = criterion(details_of(embedding), labels)
+    logits = embedding @ criterion.classifier.weight.T + criterion.classifier.bias
+    target = 0.9 * F.one_hot(labels, 5) + 0.1 / 5
+    torch.testing.assert_close(terms["cross_entropy"], -(target * logits.log_softmax(1)).sum(1).mean())
+    torch.testing.assert_close(terms["triplet"], TripletLoss(0.5)(embedding, labels))
+    torch.testing.assert_close(terms["loss"], terms["cross_entropy"] + terms["triplet"])
+    terms["loss"].backward()
+    assert embedding.grad.isfinite().all()
+    assert criterion.classifier.weight.grad.abs().sum() > 0
+
+
+def test_terms_are_float32_under_autocast():
+    criterion = create_criterion("baseline", 2, create_aggregator("mean", 8))
+    embedding = torch.randn(4, 8).bfloat16()
+    labels = torch.tensor([0, 0, 1, 1])
+    want = criterion(details_of(embedding.float()), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = criterion(details_of(embedding), labels)
+    assert {v.dtype for v in got.values()} == {torch.float32}
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_errors_name_what_exists():
+    aggregator = create_aggregator("mean", 8)
+    assert "baseline" in list_criteria()
+    with pytest.raises(ValueError, match="did you mean 'baseline'"):
+        create_criterion("base_line", 5, aggregator)
+    with pytest.raises(TypeError, match="no option marginal; it has: margin"):
+        create_criterion("baseline", 5, aggregator, marginal=1)
+    with pytest.raises(ValueError, match="num_classes"):
+        create_criterion("baseline", 0, aggregator)
+    with pytest.raises(ValueError, match="'hard' or 'random'"):
+        create_criterion("baseline", 5, aggregator, mining="soft")
+    with pytest.raises(ValueError, match=r"\[4, 8\] and \[3\]"):
+        TripletLoss()(torch.randn(4, 8), torch.zeros(3))
+
+
+def fgra(num_classes, options=None, **aggregator_options):
+    """A small FGRA, its criterion with centres away from zero, and the details and labels of six clips."""
+    torch.manual_seed(0)
+    aggregator = create_aggregator("fgra", 8, num_regions=3, reduced_features=5, **aggregator_options)
+    criterion = create_criterion("fgra", num_classes, aggregator, **(options or {}))
+    for p in criterion.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    details = aggregator(torch.rand(6, 4, 8, 6, 2), torch.arange(4) < torch.arange(6)[:, None] + 1, return_details=True)
+    return criterion, details, torch.tensor([0, 0, 1, 1, 4, 4])
+
+
+@pytest.mark.parametrize("centres", ["learned", "clip"])
+def test_fgra_sums_embedding_templates_and_consistency(centres):
+    criterion, details, labels = fgra(5, {"centres": centres})
+    terms = criterion(details, labels)
+    cross_entropy = triplet = 0
+    for i, classifier in enumerate(criterion.template_classifiers):
+        template = criterion.template_reduction(details.supervised["templates"][:, i])
+        assert template.shape == (6, 5)
+        cross_entropy += F.cross_entropy(classifier(template), labels) / 3
+        triplet += TripletLoss(0.5)(template, labels) / 3
+    consistency = ConsistencyLoss(5 if centres == "learned" else None, 3, 8)
+    if centres == "learned":
+        consistency.centres.data = criterion.consistency.centres.data
+    want = {
+        "cross_entropy": F.cross_entropy(criterion.classifier(details.embedding), labels),
+        "triplet": TripletLoss(0.5)(details.embedding, labels),
+        "template_cross_entropy": cross_entropy,
+        "template_triplet": triplet,
+        "consistency": consistency(details.supervised["regions"], labels, details.mask),
+    }
+    total = sum(want.values()) - want["consistency"] + 5e-4 * want["consistency"]  # Eq. 13
+    torch.testing.assert_close(terms, {**want, "loss": total})
+    terms["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in criterion.parameters())
+
+
+def test_fgra_follows_the_models_branches():
+    names = {"cross_entropy", "triplet", "loss"}
+    for aggregator_options, options, more in (
+        ({"local_branch": None}, {}, set()),
+        ({"local_branch": "stripes", "temporal": "average"}, {}, set()),
+        ({"spatial": "concatenation"}, {"consistency_weight": 0}, {"template_cross_entropy", "template_triplet"}),
+    ):
+        criterion, details, labels = fgra(5, options, **aggregator_options)
+        terms = criterion(details, labels)
+        assert set(terms) == names | more
+        terms["loss"].backward()
+        assert all(p.grad is not None for p in criterion.parameters())
+    with pytest.raises(TypeError, match="got Mean"):
+        create_criterion("fgra", 5, create_aggregator("mean", 8))
+    with pytest.raises(ValueError, match="'learned' or 'clip'"):
+        fgra(5, {"centres": "mean"})
+
+
+def test_parameter_groups():
+    """One plain group; FGRA's centres have a learning rate of their own and no weight decay."""
+    baseline = create_criterion("baseline", 5, create_aggregator("mean", 8))
+    assert baseline.parameter_groups() == [{"params": list(baseline.parameters())}]
+    for centres in ("learned", "clip"):
+        criterion, _, _ = fgra(5, {"centres": centres})
+        optimizer = torch.optim.Adam(criterion.parameter_groups(), lr=3e-4, weight_decay=5e-4)
+        options = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        assert len(optimizer.param_groups) == (2 if centres == "learned" else 1)
+        assert set(options) == {id(p) for p in criterion.parameters()}
+        for name, p in criterion.named_parameters():
+            assert options[id(p)] == ((0.03, 0.0) if name == "consistency.centres" else (3e-4, 5e-4))

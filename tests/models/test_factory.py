@@ -1,0 +1,180 @@
+import inspect
+import socket
+
+import pytest
+import timm
+import torch
+
+from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
+from temporal_agg.aggregators.registry import aggregator_options
+from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model, hub, list_models
+
+SIZE = (64, 32)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"tried to connect to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_names_are_aggregator_and_backbone(offline):
+    model = create_model("gltr_released_test_resnet", img_size=SIZE)
+    assert isinstance(model, TrackletModel)
+    assert model.aggregator.config["name"] == "gltr_released"
+    assert model.encoder.config["backbone"] == "test_resnet"
+    model = create_model("mean_test_resnet.r160_in1k", img_size=SIZE)
+    assert model.encoder.config["backbone"] == "test_resnet.r160_in1k"
+
+
+def test_star_is_an_encoder_and_gsta():
+    model = create_model("star_test_resnet", img_size=SIZE, flow=False)
+    assert isinstance(model.encoder, StarEncoder)
+    assert model.aggregator.config["name"] == "gsta"
+    with pytest.raises(ValueError, match="gsta_"):
+        create_model("star_test_convnext", img_size=SIZE)
+
+
+def test_options_reach_their_part():
+    model = create_model(
+        "lstm_test_resnet",
+        img_size=SIZE,
+        last_stride=1,
+        backbone_kwargs={"drop_path_rate": 0.1},
+        hidden_features=7,
+        clip={"length": 5, "distance": "dot"},
+    )
+    assert model.encoder.config == {
+        "backbone": "test_resnet",
+        "last_stride": 1,
+        "img_size": list(SIZE),
+        "backbone_kwargs": {"drop_path_rate": 0.1},
+    }
+    assert model.num_features == 7
+    assert model.clip == ClipConfig(length=5, distance="dot")
+    assert create_model("mean_test_resnet", img_size=SIZE, clip=ClipConfig(length=2)).clip.length == 2
+    clip = create_model("loga_test_resnet", img_size=SIZE, clip_length=4, clip={"distance": "dot"}).clip
+    assert (clip.length, clip.distance) == (4, "dot")
+
+
+@pytest.mark.parametrize("name", list_aggregators())
+def test_no_aggregator_option_hides_one_of_the_encoders(name):
+    taken = {"name", "pretrained", "backbone_pretrained", "checkpoint_path", "revision", "cache_dir", "clip"}
+    taken |= set(inspect.signature(FrameEncoder).parameters) | {"flow"}
+    assert not taken & set(aggregator_options(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "stride"),
+    [
+        ("loga_test_resnet", {}, 1),
+        ("loga_test_resnet", {"last_stride": 2}, None),
+        ("loga_test_resnet", {"backbone_kwargs": {"output_stride": 16}}, None),
+        ("loga_test_convnext", {}, None),
+        ("mean_test_resnet", {}, None),
+        ("mean_test_resnet", {"last_stride": 1}, 1),
+    ],
+)
+def test_the_papers_last_stride_where_there_is_one(name, kwargs, stride):
+    assert create_model(name, img_size=SIZE, **kwargs).encoder.config["last_stride"] == stride
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match=r"no option foo\. Its encoder has: last_stride, img_size.*hidden_features"):
+        create_model("lstm_test_resnet", foo=1)
+    with pytest.raises(TypeError, match=r"no option flow"):
+        create_model("mean_test_resnet", flow=False)
+    with pytest.raises(TypeError, match=r"clip has no field len; it has: length"):
+        create_model("mean_test_resnet", img_size=SIZE, clip={"len": 1})
+    with pytest.raises(ValueError, match="last stride"):
+        create_model("mean_test_convnext", img_size=SIZE, last_stride=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mean_resnet5", "did you mean .*'resnet50'"),
+        ("meen_resnet50", "did you mean 'mean_resnet50'"),
+        ("resnet50", "for example mean_resnet50"),
+        ("gltr", "for example gltr_resnet50"),
+        ("owner/name", "'hf-hub:<owner>/<repo>'.*'local-dir:<path>'"),
+        ("mean_resnet50.nothing", "no weights tagged 'nothing'"),
+    ],
+)
+def test_unknown_names_get_help(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name)
+
+
+def test_released_weights(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no weights have been released .*backbone_pretrained=True .*checkpoint_path"):
+        create_model("mean_test_resnet", pretrained=True)
+    assert list_models(pretrained=True) == []
+    torch.manual_seed(0)
+    want = create_model("mean_test_resnet", img_size=SIZE)
+    want.save_pretrained(tmp_path)
+    monkeypatch.setitem(hub.RELEASED, "mean_test_resnet.mars", "owner/name@v1")
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(tmp_path / name))
+    got = create_model("mean_test_resnet.mars", pretrained=True, img_size=SIZE)
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+    assert list_models(pretrained=True) == ["mean_test_resnet.mars"]
+    with pytest.raises(ValueError, match="one of them"):
+        create_model("mean_test_resnet.mars", pretrained=True, checkpoint_path=tmp_path)
+
+
+def test_checkpoints_load_without_backbone_weights(tmp_path, offline):
+    torch.manual_seed(0)
+    want = create_model("mean_test_resnet", img_size=SIZE)
+    want.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        got = create_model("mean_test_resnet", img_size=SIZE, checkpoint_path=path, backbone_pretrained=True)
+        assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+def test_backbone_weights_come_from_timm(monkeypatch):
+    asked = []
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained, **kwargs: (asked.append(pretrained), create(name, **kwargs))[1]
+    )
+    create_model("mean_test_resnet", img_size=SIZE, backbone_pretrained=True)
+    create_model("mean_test_resnet", img_size=SIZE)
+    # An argument that this family does not have is tried first.
+    assert asked == [True, True, False, False]
+
+
+def test_saved_models_by_name(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("mean_test_resnet", img_size=SIZE).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 3, *SIZE)
+    assert torch.equal(create_model(f"local-dir:{tmp_path}")(x), model(x))
+    with pytest.raises(TypeError, match="comes with its weights and options"):
+        create_model(f"local-dir:{tmp_path}", last_stride=1)
+    with pytest.raises(ValueError, match="revision goes with hf-hub"):
+        create_model(f"local-dir:{tmp_path}", revision="v1")
+    with pytest.raises(ValueError, match="revision goes with hf-hub"):
+        create_model("mean_test_resnet", revision="v1")
+
+
+def test_listed_models_exist():
+    names = list_models()
+    assert names == sorted(set(names))
+    assert {"loga_resnet50", "gltr_convnext_tiny", "gltr_released_resnet50", "star_resnet50"} <= set(names)
+    assert list_models("gltr_*net50") == ["gltr_released_resnet50", "gltr_resnet50"]
+    assert all(timm.is_model(name.removeprefix("mean_")) for name in list_models("mean_*"))
+
+
+@pytest.mark.parametrize("name", list_models("mean_*"))
+def test_listed_backbones_work(name):
+    model = create_model(name).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 2, *model.data_config["input_size"])).isfinite().all()
+
+
+def test_every_aggregator_takes_the_channels_of_large_backbones():
+    for name in list_aggregators():
+        with torch.device("meta"):
+            assert create_aggregator(name, 2048).in_features == 2048
