@@ -11,6 +11,7 @@ pooling alternate, so that a busy machine is busy for all of them. Half precisio
 
 The backbone runs on one batch of --batch x --frames frames, and the share compares time per frame: LOGA takes clips of
 ten frames whatever --frames says. Where the maps asked for need it, the stride of a ResNet's last stage is removed.
+Systems are compared with mean pooling behind the same backbone at the same stride; STAR gets optical flow.
 
 Peak memory is what a call adds to what was there before it (parameters, inputs); gradients count. On a GPU it is what
 torch allocates; on a CPU (Linux only) how much the resident memory of a fresh process grows, to about 1 MB.
@@ -66,13 +67,14 @@ class Work:
         for tensor in [*self.leaves, *self.module.parameters()]:
             tensor.grad = None
 
-    def run(self) -> None:
+    def run(self) -> Tensor:
         train = self.module.training
         autocast = torch.autocast(self.args.device, getattr(torch, self.args.dtype), enabled=is_half(self.args))
         with torch.set_grad_enabled(train), autocast:
             output = self.call()
         if train:
             output.backward(torch.ones_like(output))
+        return output
 
 
 def build(what: str, name: str, args: argparse.Namespace) -> Work:
@@ -248,8 +250,8 @@ def measure(what: str, name: str, args: argparse.Namespace, backbone: dict | Non
 def measure_backbone(args: argparse.Namespace) -> dict:
     print(f"time: {args.backbone}", file=sys.stderr, flush=True)
     work = build("backbone", args.backbone, args)
-    with torch.no_grad():
-        maps = list(work.call().shape[1:])
+    work.prepare(False)
+    maps = list(work.run().shape[1:])
     if maps != [args.channels, args.height, args.width]:
         print(f"note: the maps of {args.backbone} are {maps}, the aggregators get others", file=sys.stderr)
     result = {"name": args.backbone, "maps": maps, "frames": work.frames}
@@ -321,9 +323,12 @@ def aggregators_command(args: argparse.Namespace) -> dict:
     about = environment(args)
     print(
         f"{about['device']}, {about['threads']} threads, {about['dtype']}{' (TF32 convolutions)' * about['tf32']}, "
-        f"torch {about['torch']}; B = {args.batch}, maps {args.channels} x {args.height} x {args.width}, "
-        f"median of {args.repeats}"
+        f"torch {about['torch']}; B = {args.batch}, median of {args.repeats}"
     )
+    if args.names:
+        print(f"aggregators on maps {args.channels} x {args.height} x {args.width}")
+    if args.systems:
+        print(f"systems on frames {args.size}")
     if backbone is not None:
         maps = " x ".join(map(str, backbone["maps"]))
         ms = ", ".join(f"{mode} {backbone[mode]['ms']:.1f} ms" for mode in MODES)
@@ -336,7 +341,7 @@ def aggregators_command(args: argparse.Namespace) -> dict:
     return result
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     about, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -371,7 +376,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     hidden.set_defaults(command=peak_command)
 
     args = parser.parse_args(argv)
-    if args.command is aggregators_command:
+    command = vars(args).pop("command")
+    if command is aggregators_command:
         args.names, args.systems = ([n for n in names.split(",") if n] for names in (args.names, args.systems))
         if not args.names + args.systems:
             sub.error("nothing to measure: pass --names or --systems")
@@ -387,13 +393,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 create_aggregator(name, 32, **args.options)
             except (TypeError, ValueError) as error:
                 sub.error(str(error))
-    return args
+    return command, args
 
 
 def main(argv: list[str] | None = None):
-    args = parse(sys.argv[1:] if argv is None else argv)
-    command = args.command
-    del args.command
+    command, args = parse(sys.argv[1:] if argv is None else argv)
     return command(args)
 
 

@@ -6,7 +6,7 @@ frame, one step, one direction after the other where the paper has an index, eve
 own BatchNorm. They are not made slow on purpose: within a step everything is a whole-tensor operation, and frames are
 unbound once, so that the backward pass stacks them once.
 
-Clips have no padding here; masks are the library's affair. Of the options, those that change sizes are taken.
+Clips have no padding here; masks are the library's affair. Not every option has a literal form (see ``exists``).
 """
 
 from collections.abc import Callable
@@ -37,20 +37,13 @@ def exists(aggregator: Aggregator) -> bool:
 
 
 def prepared(aggregator: Aggregator) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The literal form of an aggregator, ready to be measured.
+    """The literal form of an aggregator for which one exists, ready to be measured.
 
     Returns:
         A function of features and frames, and the leaf tensors that it holds beside the aggregator's parameters: the
         weight of the ConvLSTM is one parameter in the literal form and two in ours, and is joined here beforehand.
-
-    Raises:
-        ValueError: there is none.
     """
     name = aggregator.config["name"]
-    if not exists(aggregator):
-        raise ValueError(
-            f"no literal form: there are {', '.join(FORMS)}, here with {_OPTIONS.get(name, 'no')} options."
-        )
     if name == "gsta":
         weight = _joined_weight(aggregator.lstm).detach().requires_grad_()
         return partial(gsta, aggregator, weight=weight), [weight]

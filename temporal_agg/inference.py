@@ -1,5 +1,6 @@
 """Whole tracklets of any length -> one embedding each."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -46,8 +47,9 @@ def embed_tracklets(
             bounds memory and does not change the result.
         device: moves the model there first; None = where it is.
         progress: shows a bar on a terminal if tqdm is installed.
-        num_workers: processes that read frames; 0 = none but this one; None = 1 for a model on the CPU, which needs the
-            cores itself, else up to 8.
+        num_workers: processes that read frames; 0 = none but this one. None = up to 8, a quarter of the cores for a
+            model that runs on the CPU itself, and 0 where Python does not fork (more would need a script with a
+            ``__main__`` guard).
 
     Returns:
         float32 ``[N, D]`` on the CPU, in the order of the tracklets.
@@ -64,7 +66,9 @@ def embed_tracklets(
         model.to(device)
     device = next(model.parameters()).device
     if num_workers is None:
-        num_workers = 1 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        forks = multiprocessing.get_start_method() == "fork"
+        num_workers = min(8, cores // 4 if device.type == "cpu" else cores) if forks else 0
     loader = DataLoader(
         _Frames(tracklets, plan, model.data_config, frames_per_batch),
         batch_size=None,
@@ -131,7 +135,7 @@ class _Frames(Dataset):
         self.owners = plan.owners
         self.frames = plan.frames
         self.parts = [
-            range(part, min(part + DECODE, batch + frames_per_batch, len(plan.frames)))
+            slice(part, min(part + DECODE, batch + frames_per_batch, len(plan.frames)))
             for batch in range(0, len(plan.frames), frames_per_batch)
             for part in range(batch, min(batch + frames_per_batch, len(plan.frames)), DECODE)
         ]
@@ -143,8 +147,7 @@ class _Frames(Dataset):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> Tensor:
-        part = slice(self.parts[i].start, self.parts[i].stop)
-        frames = []
+        part, frames = self.parts[i], []
         owners, counts = self.owners[part].unique_consecutive(return_counts=True)
         for owner, indices in zip(owners.tolist(), self.frames[part].split(counts.tolist()), strict=True):
             frames += self.tracklets[owner].load(indices.tolist())

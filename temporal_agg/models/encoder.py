@@ -18,7 +18,7 @@ __all__ = ["FrameEncoder"]
 
 DEFAULT_SIZE = (256, 128)
 _RESERVED = {"checkpoint_path", "features_only", "img_size", "num_classes", "pretrained"}
-_MISFIT = (AssertionError, RuntimeError, TypeError, ValueError)  # what timm's models raise at a size they do not take
+_MISFIT = (AssertionError, RuntimeError, ValueError)  # what timm's models raise at a size they do not take
 
 
 class FrameEncoder(nn.Module):
@@ -48,7 +48,7 @@ class FrameEncoder(nn.Module):
         config: the arguments that rebuild it, but for weights and checkpointing; None for an instance.
 
     Raises:
-        TypeError: an instance that is no timm model, or arguments that go with a name only.
+        TypeError: a model that has no maps to give (the message says why), or arguments that go with a name only.
         ValueError: an unknown name (the message has the nearest ones), a size that the model does not take,
             ``last_stride=1`` outside the ResNet family, or checkpointing where the model has none.
     """
@@ -77,18 +77,13 @@ class FrameEncoder(nn.Module):
         else:
             if pretrained or backbone_kwargs:
                 raise TypeError("pretrained and backbone_kwargs go with the name of a model, not with an instance.")
-            if not hasattr(backbone, "forward_intermediates"):
-                raise TypeError(
-                    f"{type(backbone).__name__} has no forward_intermediates: pass the name of a timm model, or what "
-                    "timm.create_model returns without features_only."
-                )
             build = partial(_resize, backbone, exact=img_size is not None)
 
         maps, size = self._fit(build, img_size)
         if maps.dim() != 4:
             raise ValueError(
-                f"{type(self.backbone).__name__} gave {list(maps.shape)} where maps [1, C, h, w] were expected: it cannot "
-                "be used as a frame encoder."
+                f"{type(self.backbone).__name__} gave {list(maps.shape)} where maps [1, C, h, w] were expected: it "
+                "cannot be used as a frame encoder."
             )
         _freeze_unreached(self.backbone, maps)
         self.num_features = maps.shape[1]
@@ -193,18 +188,25 @@ class FrameEncoder(nn.Module):
             if size != DEFAULT_SIZE:
                 backbone = build(size)
             return self._prepare(backbone, size), size
-        except _MISFIT:
+        except (*_MISFIT, TypeError):
             backbone = build(None)
             size = _own_size(backbone)
             return self._prepare(backbone, size), size
 
     def _prepare(self, backbone: nn.Module, size: tuple[int, int]) -> Tensor:
         """Cuts the backbone down to what the maps need, and returns those of one black frame, with their graph."""
+        if not hasattr(backbone, "forward_intermediates"):
+            raise TypeError(
+                f"{type(backbone).__name__} has no forward_intermediates in timm {timm.__version__}: pass the name of a "
+                "timm model, or what timm.create_model returns without features_only; or update timm, whose older "
+                "versions lack it for some families."
+            )
         self.backbone = backbone
-        self._indices = [-1]
-        if hasattr(backbone, "prune_intermediate_layers"):
-            # The indices count the layers that are left.
-            self._indices = backbone.prune_intermediate_layers([-1], prune_norm=False, prune_head=True)
+        prune = partial(backbone.prune_intermediate_layers, [-1], prune_norm=False)
+        try:
+            self._indices = prune(prune_head=True)  # these count the layers that are left
+        except AssertionError:  # a head that older versions of timm cannot remove; it gets frozen
+            self._indices = prune(prune_head=False)
         takes_norm = "norm" in inspect.signature(backbone.forward_intermediates).parameters
         weight = next(backbone.parameters())
         frame = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)

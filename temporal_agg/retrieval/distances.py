@@ -39,7 +39,9 @@ def distances(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if isinstance(queries, np.ndarray) and isinstance(gallery, np.ndarray):
-        return distances(torch.from_numpy(queries), torch.from_numpy(gallery), metric, chunk_size=chunk_size).numpy()
+        # torch takes neither read-only nor reversed arrays: np.require copies those, and other types than float32.
+        queries, gallery = (torch.from_numpy(np.require(x, np.float32, "CW")) for x in (queries, gallery))
+        return distances(queries, gallery, metric, chunk_size=chunk_size).numpy()
     if not (isinstance(queries, Tensor) and isinstance(gallery, Tensor)):
         raise TypeError(
             "queries and gallery must be two numpy arrays or two torch tensors, got "

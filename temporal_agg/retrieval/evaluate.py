@@ -53,17 +53,17 @@ def evaluate(
     """Ranks the gallery for every query.
 
     A gallery tracklet *matches* a query of the same person, unless it is ignored: same camera (a camera of -1 is
-    unknown and equals none), or the query itself. Tracklets of other persons and distractors (pid 0) are *wrong*. Junk
-    (pid -1) is ignored by all. Ignored tracklets take no rank.
+    unknown and equals none), or the query itself. Tracklets of other persons are *wrong*, distractors (pid 0 in MARS: no
+    query has it) among them. Junk (pid -1) is ignored by all. Ignored tracklets take no rank.
 
     Ties are broken against the model: a match ranks after all wrong tracklets at its distance.
 
     Args:
         distances: ``[Q, G]``, floating point, smaller = nearer; numpy, or torch on any device. Compared as they are:
             float64 is not rounded.
-        query_pids: ``[Q]``, persons, from 1.
+        query_pids: ``[Q]``, persons, from 0.
         query_cams: ``[Q]``.
-        gallery_pids: ``[G]``, persons from 1, 0 = distractor, -1 = junk.
+        gallery_pids: ``[G]``, persons from 0, -1 = junk.
         gallery_cams: ``[G]``.
         query_index: ``[Q]``, each query's own column in the gallery, or -1. With known cameras it changes nothing;
             without them a query that is part of the gallery would match itself.
@@ -74,7 +74,7 @@ def evaluate(
 
     Raises:
         TypeError: distances that are not floating point, ids that are not integers.
-        ValueError: shapes that do not fit each other, an empty side, NaN among the distances, a query pid below 1, a
+        ValueError: shapes that do not fit each other, an empty side, NaN among the distances, a query pid below 0, a
             gallery pid below -1, a ``query_index`` outside the gallery or at another person.
     """
     if not isinstance(distances, np.ndarray | Tensor):
@@ -172,16 +172,14 @@ def _ids(name: str, ids: Sequence[int] | np.ndarray | Tensor, length: int) -> np
 
 
 def _check_ids(query_pids: np.ndarray, gallery_pids: np.ndarray, own: np.ndarray) -> None:
-    if query_pids.min() < 1:
+    if query_pids.min() < 0:
         q = int(np.argmin(query_pids))
         raise ValueError(
-            f"query_pids[{q}] is {query_pids[q]}: -1 is junk and 0 a distractor, neither is a person to look for. "
-            "Number persons from 1."
+            f"query_pids[{q}] is {query_pids[q]}: -1 is junk, no person to look for. Leave such queries out, and number "
+            "persons from 0."
         )
     if gallery_pids.min() < -1:
-        raise ValueError(
-            f"gallery_pids must be persons from 1, 0 for distractors or -1 for junk, got {gallery_pids.min()}."
-        )
+        raise ValueError(f"gallery_pids must be persons from 0, or -1 for junk, got {gallery_pids.min()}.")
     if own.min() < -1 or own.max() >= len(gallery_pids):
         raise ValueError(
             f"query_index must be columns of the gallery (0 to {len(gallery_pids) - 1}) or -1, "

@@ -68,7 +68,7 @@ def test_patches_of_14_get_252_by_126():
         FrameEncoder("vit_small_patch14_dinov2", backbone_kwargs=one_block, img_size=(256, 128))
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_maxvit"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_small_frames(name):
     encoder = FrameEncoder(name, img_size=(128, 64))
     maps = encoder(frames(encoder))

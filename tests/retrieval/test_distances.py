@@ -76,6 +76,14 @@ def test_cosine_spans_zero_to_two():
     np.testing.assert_allclose(distances(x[:1], x, "cosine"), [[0, 1, 2]], atol=1e-7)
 
 
+def test_any_memory_layout(embeddings):
+    queries, gallery = (x.astype(np.float32) for x in embeddings)
+    want = distances(queries, gallery)
+    gallery.flags.writeable = False
+    np.testing.assert_allclose(distances(queries[::-1], np.asfortranarray(gallery))[::-1], want, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(distances(queries, gallery), want)
+
+
 def test_nan_stays_visible():
     x = np.ones((2, 3))
     x[1, 1] = np.nan

@@ -1,0 +1,145 @@
+"""That the benchmark compares like with like, and that its numbers are what they say."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from temporal_agg import create_aggregator, list_aggregators
+
+B, C = 3, 16
+PAPERS = {"loga", "gsta", "gltr", "gltr_released", "fgra", "grl", "grl_released"}
+MINIATURE = [
+    *("--batch", "2", "--frames", "3", "--channels", "512", "--height", "4", "--width", "2", "--size", "64x32"),
+    *("--threads", str(torch.get_num_threads()), "--repeats", "2"),
+]
+CASES = [(name, {"hidden_features": 32} if name == "gsta" else {}) for name in list_aggregators()]
+CASES += [("fgra", {"num_regions": 3}), ("gltr", {"normalize": "none"}), ("loga", {"scale": 2.0, "part_size": 7})]
+CASES += [("grl", {"directions": ["backward"], "parts": ["global", "mean", "memory", "pooled"]})]
+
+
+@pytest.fixture
+def benchmark(recipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    return recipe("benchmark")
+
+
+def build(name, options):
+    torch.manual_seed(0)
+    aggregator = create_aggregator(name, C, **options).double()
+    with torch.no_grad():  # zero weights and unit norms would hide faults
+        for p in aggregator.parameters():
+            p += torch.randn_like(p) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.3)
+        for key, b in aggregator.named_buffers():
+            if b.is_floating_point():
+                b += torch.rand_like(b) + key.endswith("var")
+    T = aggregator.clip_length or 4
+    features = torch.randn(B, T, C, 5, 3, dtype=torch.float64)
+    frames = torch.randn(B, T, 3, 8, 6, dtype=torch.float64) if aggregator.needs_frames else None
+    return aggregator, features.requires_grad_(), frames
+
+
+def run(call, aggregator, features, frames):
+    """Embedding, gradients, and running statistics after the call."""
+    embedding = call(features, frames=frames)
+    loss = (embedding * torch.linspace(-1, 1, embedding.shape[1], dtype=torch.float64)).sin().sum()
+    named = {"features": features, **dict(aggregator.named_parameters())}
+    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    statistics = {k: b for k, b in aggregator.named_buffers() if b.is_floating_point()}
+    return embedding, gradients, statistics
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_the_literal_form_is_the_aggregator(benchmark, name, options, train):
+    aggregator, features, frames = build(name, options)
+    literal = benchmark.literal
+    if not literal.exists(aggregator):
+        pytest.skip(f"{name} has no literal form in recipes/literal.py: the benchmark leaves that column empty")
+    other = copy.deepcopy(aggregator).train(train)
+    got = run(aggregator.train(train), aggregator, features, frames)
+    want = run(lambda x, frames: literal.FORMS[name](other, x, frames), other, features, frames)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    assert sum(g.abs().max() > 1e-6 for g in want[1].values()) > 0.7 * len(want[1])
+
+
+def test_every_paper_has_a_literal_form(benchmark):
+    assert PAPERS <= set(benchmark.literal.FORMS) == set(list_aggregators())
+
+
+def test_the_joined_weight_of_gsta_is_measured_not_its_joining(benchmark):
+    aggregator, features, _ = build("gsta", {"hidden_features": 32})
+    call, (weight,) = benchmark.literal.prepared(aggregator)
+    call(features, frames=None).sin().sum().backward()
+    (gradient, aggregator.lstm.input.weight.grad) = weight.grad, None
+    aggregator(features).sin().sum().backward()
+    parts = [aggregator.lstm.input.weight.grad, aggregator.lstm.recurrent.weight.grad]
+    torch.testing.assert_close(gradient, torch.cat(parts, 1), rtol=1e-8, atol=1e-8)
+
+
+def test_table_and_json(benchmark, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    argv = ["--names", "mean,loga", "--systems", "star_resnet10t", "--backbone", "resnet10t", "--out", str(file)]
+    result = benchmark.main(["aggregators", *MINIATURE, *argv, "--no-memory"])
+    assert json.loads(file.read_text()) == result
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["backbone"]["maps"] == [512, 4, 2]  # of 64x32, without the stride of the last stage
+    assert result["backbone"]["frames"] == 6
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {name: row["frames"] for name, row in rows.items()} == {"mean": 3, "loga": 10, "star_resnet10t": 3}
+    assert rows["mean"]["parameters"] == 0
+    for mode in ("forward", "forward + backward"):
+        of, backbone = rows["loga"][mode], result["backbone"][mode]
+        assert {key: len(times) for key, times in of["all_ms"].items()} == {"ours": 2, "literal": 2, "mean": 2}
+        assert of["ms"]["ours"] == pytest.approx(sum(of["all_ms"]["ours"]) / 2)
+        assert of["speedup"] == pytest.approx(of["ms"]["literal"] / of["ms"]["ours"])
+        assert of["times_mean"] == pytest.approx(of["ms"]["ours"] / of["ms"]["mean"])
+        assert of["backbone_share"] == pytest.approx(of["ms"]["ours"] / 20 / (backbone["ms"] / 6))
+        assert set(rows["star_resnet10t"][mode]["ms"]) == {"ours", "mean"}
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}; B = 2, median of 2" in lines[0]
+    assert lines[1:3] == ["aggregators on maps 512 x 4 x 2", "systems on frames 64x32"]
+    assert lines[3].startswith("backbone resnet10t, 6 frames 64x32 to maps 512 x 4 x 2: forward ")
+    assert [line.split()[0] for line in lines if line.startswith(("mean ", "loga ", "star"))] == [*rows, *rows]
+    assert len({len(line) for line in lines[5:10]}) == 1  # columns stand below each other
+
+
+def test_peak_memory_is_what_the_tensors_take(benchmark):
+    """Mean pooling in training makes one map, the gradient; GAM a few for any number of regions; its literal form
+    several for each region."""
+    _, args = benchmark.parse(["aggregators", *MINIATURE, "--names", "mean", "--height", "64", "--width", "32"])
+    maps = 2 * 3 * 512 * 64 * 32 * 4 / 1e6  # 25 MB
+    cases = [("aggregator", "mean", args)]
+    for regions in (1, 4):
+        cases += [
+            (w, "fgra", benchmark.changed(args, options={"num_regions": regions})) for w in ("aggregator", "literal")
+        ]
+    mean, one, literal_one, four, literal_four = (
+        {mode: peak / maps for mode, peak in peaks.items()} for peaks in benchmark.peak_memory(cases)
+    )
+    assert mean["forward"] < 0.2
+    assert 0.9 < mean["forward + backward"] < 1.2
+    for mode, kept in (("forward", 2), ("forward + backward", 4)):
+        assert abs(four[mode] - one[mode]) < 0.2
+        assert literal_four[mode] - literal_one[mode] > 0.9 * 3 * kept
+        assert four[mode] < literal_four[mode] / 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: aggregators"),
+        (["aggregators", "--names", ""], "pass --names or --systems"),
+        (["aggregators", "--names", "gtsa"], "did you mean 'gsta'"),
+        (["aggregators", "--names", "fgra", "--options", "regions=3"], "has no option regions"),
+        (["aggregators", "--options", "num_regions"], "takes KEY=VALUE, got num_regions"),
+        (["aggregators", "--size", "256"], "HEIGHTxWIDTH"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) or "nothing",
+)
+def test_wrong_arguments_are_refused(benchmark, capsys, argv, message):
+    with pytest.raises(SystemExit):
+        benchmark.parse(argv)
+    assert message in capsys.readouterr().err
