@@ -169,7 +169,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
         """Normalises each channel.
 
         Args:
-            x: ``[*mask.shape, C, *spatial]``; without a mask ``[N, C, *spatial]``.
+            x: ``[*mask.shape, C, *spatial]``; without a mask ``[N, C, *spatial]``. Padding must be finite.
             mask: bool, one value for each leading entry of ``x``; None = all are real.
 
         Returns:
@@ -195,20 +195,23 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
                 f"BatchNorm needs more than one value per channel in training, got {list(x.shape)}: use batches of at "
                 "least two clips, or call .eval()."
             )
-        dims = [d for d in range(x.dim()) if d != lead]
         if mask is None:
             mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        real = mask.reshape(mask.shape + (1,) * (x.dim() - lead))
+        space = list(range(lead + 1, x.dim()))
         count = mask.sum() * (x[(0,) * lead].numel() // self.num_features)
-        divisor = count.clamp(min=1)
-        mean = torch.where(real, values, 0).sum(dims) / divisor
-        channel = (self.num_features,) + (1,) * (x.dim() - lead - 1)
+
+        def moment(v: Tensor) -> Tensor:
+            v = v.sum(space) if space else v
+            return zero_padding(v, mask).sum(list(range(lead))) / count.clamp(min=1)
+
+        # Only the centred values are kept for the backward pass.
+        channel = (self.num_features,) + (1,) * len(space)
+        mean = moment(values)
         centred = values - mean.view(channel)
-        var = torch.where(real, centred, 0).square().sum(dims) / divisor
+        var = moment(centred.square())
         self.update(mean, var, count)
-        y = centred * torch.rsqrt(var + self.eps).view(channel) * self.weight.view(channel)
-        if self.bias is not None:
-            y = y + self.bias.view(channel)
+        scale = (torch.rsqrt(var + self.eps) * self.weight).view(channel)
+        y = centred * scale if self.bias is None else torch.addcmul(self.bias.view(channel), centred, scale)
         return y.to(x.dtype)
 
     @torch.no_grad()

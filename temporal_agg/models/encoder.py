@@ -197,16 +197,18 @@ class FrameEncoder(nn.Module):
         """Cuts the backbone down to what the maps need, and returns those of one black frame, with their graph."""
         if not hasattr(backbone, "forward_intermediates"):
             raise TypeError(
-                f"{type(backbone).__name__} has no forward_intermediates in timm {timm.__version__}: pass the name of a "
-                "timm model, or what timm.create_model returns without features_only; or update timm, whose older "
+                f"{type(backbone).__name__} has no forward_intermediates in timm {timm.__version__}: pass the name of "
+                "a timm model, or what timm.create_model returns without features_only; or update timm, whose older "
                 "versions lack it for some families."
             )
         self.backbone = backbone
-        prune = partial(backbone.prune_intermediate_layers, [-1], prune_norm=False)
-        try:
-            self._indices = prune(prune_head=True)  # these count the layers that are left
-        except AssertionError:  # a head that older versions of timm cannot remove; it gets frozen
-            self._indices = prune(prune_head=False)
+        self._indices = [-1]
+        if hasattr(backbone, "prune_intermediate_layers"):
+            prune = partial(backbone.prune_intermediate_layers, [-1], prune_norm=False)
+            try:
+                self._indices = prune(prune_head=True)  # these count the layers that are left
+            except AssertionError:  # a head that older versions of timm cannot remove; it gets frozen
+                self._indices = prune(prune_head=False)
         takes_norm = "norm" in inspect.signature(backbone.forward_intermediates).parameters
         weight = next(backbone.parameters())
         frame = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)

@@ -53,8 +53,8 @@ def evaluate(
     """Ranks the gallery for every query.
 
     A gallery tracklet *matches* a query of the same person, unless it is ignored: same camera (a camera of -1 is
-    unknown and equals none), or the query itself. Tracklets of other persons are *wrong*, distractors (pid 0 in MARS: no
-    query has it) among them. Junk (pid -1) is ignored by all. Ignored tracklets take no rank.
+    unknown and equals none), or the query itself. Tracklets of other persons are *wrong*, distractors among them (pid 0
+    in MARS, which no query has). Junk (pid -1) is ignored by all. Ignored tracklets take no rank.
 
     Ties are broken against the model: a match ranks after all wrong tracklets at its distance.
 
@@ -175,8 +175,8 @@ def _check_ids(query_pids: np.ndarray, gallery_pids: np.ndarray, own: np.ndarray
     if query_pids.min() < 0:
         q = int(np.argmin(query_pids))
         raise ValueError(
-            f"query_pids[{q}] is {query_pids[q]}: -1 is junk, no person to look for. Leave such queries out, and number "
-            "persons from 0."
+            f"query_pids[{q}] is {query_pids[q]}: -1 is junk, no person to look for. Leave such queries out, and "
+            "number persons from 0."
         )
     if gallery_pids.min() < -1:
         raise ValueError(f"gallery_pids must be persons from 0, or -1 for junk, got {gallery_pids.min()}.")

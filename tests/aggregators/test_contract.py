@@ -251,7 +251,7 @@ def test_nan_input_stays_visible(aggregator):
 def test_compiles_into_one_graph(aggregator):
     torch._dynamo.reset()
     compiled = torch.compile(aggregator, fullgraph=True, dynamic=True)
-    for B, T in ((2, 4), (3, 6)) if aggregator.clip_length is None else ((2, None), (3, None)):
+    for B, T in ((2, 3), (3, 2)) if aggregator.clip_length is None else ((2, None), (3, None)):
         features, extra = inputs(aggregator, B=B, T=T)
         mask = holes(features.shape[1], (1, 3, 2)[:B])
         with torch.no_grad():

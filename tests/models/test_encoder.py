@@ -195,13 +195,15 @@ def test_instances():
 def test_instance_errors():
     with pytest.raises(TypeError, match="Conv2d has no forward_intermediates"):
         FrameEncoder(nn.Conv2d(3, 8, 3))
-    with pytest.raises(TypeError, match="forward_intermediates"):
+    with pytest.raises(TypeError, match="without features_only"):
         FrameEncoder(timm.create_model("test_resnet", features_only=True))
     with pytest.raises(TypeError, match="not with an instance"):
         FrameEncoder(timm.create_model("test_resnet"), pretrained=True)
 
 
 def test_only_what_the_maps_do_not_need_is_frozen():
+    if not hasattr(timm.models.coat.CoaT, "forward_intermediates"):
+        pytest.skip(f"timm {timm.__version__} gives no maps of CoaT")
     encoder = FrameEncoder("coat_tiny", img_size=SMALL)
     frozen = {k for k, p in encoder.named_parameters() if not p.requires_grad}
     encoder.requires_grad_(True)

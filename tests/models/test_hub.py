@@ -60,14 +60,22 @@ def test_channels_last_weights_are_saved(model, tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in want.items())
 
 
-def test_a_broken_save_leaves_what_was_there(model, saved, monkeypatch):
+@pytest.mark.parametrize("where", ["writing", "renaming"])
+def test_a_broken_save_leaves_what_was_there(model, saved, monkeypatch, where):
     before = (saved / "model.safetensors").read_bytes()
 
-    def killed(tensors, path, metadata):
+    def write_half(tensors, path, metadata):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.torch, "save_file", killed)
+    def refuse(source, target):
+        raise KeyboardInterrupt
+
+    if where == "writing":
+        monkeypatch.setattr(safetensors.torch, "save_file", write_half)
+    else:
+        monkeypatch.setattr(hub.os, "replace", refuse)
+        torch.nn.init.zeros_(next(model.parameters()))
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before
