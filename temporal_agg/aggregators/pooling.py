@@ -19,12 +19,14 @@ from .base import (
     uniform_weights,
     weighted_sum,
 )
-from .registry import register_aggregator
+from .registry import ClipConfig, register_aggregator
 
 __all__ = ["LSTM", "Attention", "Max", "Mean"]
 
+_CLIP = ClipConfig(length=4)  # the papers differ in the clips of their baselines; ours
 
-@register_aggregator("mean")
+
+@register_aggregator("mean", clip=_CLIP)
 class Mean(Aggregator):
     """Temporal average pooling: the mean of the real frames' vectors, D = C."""
 
@@ -35,7 +37,7 @@ class Mean(Aggregator):
         return Details(masked_mean(frame_vectors(features), mask), mask, uniform_weights(mask, features), {}, {})
 
 
-@register_aggregator("max")
+@register_aggregator("max", clip=_CLIP)
 class Max(Aggregator):
     """Temporal max pooling, channel by channel, D = C. A frame's weight is the share of channels that it wins."""
 
@@ -49,7 +51,7 @@ class Max(Aggregator):
         return Details(embedding, mask, at_least_float32(won.to(vectors.dtype)).mean(2), {}, {})
 
 
-@register_aggregator("attention")
+@register_aggregator("attention", clip=_CLIP)
 class Attention(Aggregator):
     """One linear score per frame, softmax over the real frames, weighted sum: D = C."""
 
@@ -63,7 +65,7 @@ class Attention(Aggregator):
         return Details(weighted_sum(vectors, weights), mask, weights, {}, {})
 
 
-@register_aggregator("lstm")
+@register_aggregator("lstm", clip=_CLIP)
 class LSTM(Aggregator):
     """A one-layer LSTM over the real frames in order; the embedding is the mean of its outputs.
 

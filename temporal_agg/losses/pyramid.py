@@ -1,5 +1,6 @@
 """Pyramid ranking regulariser (Wu, Zhu, Gong: Spatio-Temporal Associative Representation, BMVC 2019, Sec. 3.4)."""
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +52,8 @@ class PyramidRankingLoss(nn.Module):
         rows = at_least_float32(features).mean(4)  # [B, T, C, H]: the maps are read once, each level pools their rows
         levels = []
         for stripes in self.stripes:
-            pooled = F.adaptive_avg_pool1d(rows.flatten(0, 1), stripes).unflatten(0, mask.shape)
+            pooled = F.adaptive_avg_pool1d(rearrange(rows, "b t c h -> (b t) c h"), stripes)
+            pooled = rearrange(pooled, "(b t) c g -> b t c g", b=len(labels))
             highest = pooled.masked_fill(~mask[..., None, None], float("-inf")).amax(1)
             vectors = masked_mean(pooled, mask) + highest  # [B, C, G]: F_Ta + F_Tm
             levels.append(sum(self.triplet(v, labels) for v in vectors.unbind(2)) / stripes)  # Eq. 10

@@ -110,10 +110,14 @@ def create_model(
     entry = registry_entry(aggregator_name)
     if entry.last_stride == 1 and kwargs.get("last_stride") is None and encoder.has_last_stride:
         encoder.remove_last_stride()
+    clip = kwargs.get("clip")
+    length = clip.get("length") if isinstance(clip, dict) else getattr(clip, "length", None)
+    if "clip_length" in options and length is not None:
+        kwargs.setdefault("clip_length", length)  # clips of another length want an aggregator built for them
     aggregator = create_aggregator(
         aggregator_name, encoder.num_features, **{k: v for k, v in kwargs.items() if k in options}
     )
-    model = TrackletModel(encoder, aggregator, _clip(kwargs.get("clip"), entry.clip, aggregator.clip_length))
+    model = TrackletModel(encoder, aggregator, _clip(clip, entry.clip, aggregator.clip_length))
     if source is not None:
         checkpoint_path = hub.resolve_directory(source, None, cache_dir)
     if checkpoint_path is not None:

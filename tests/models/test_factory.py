@@ -55,6 +55,8 @@ def test_options_reach_their_part():
     assert model.num_features == 7
     assert model.clip == ClipConfig(length=5, distance="dot")
     assert create_model("mean_test_resnet", img_size=SIZE, clip=ClipConfig(length=2)).clip.length == 2
+    loga = create_model("loga_test_resnet", img_size=SIZE, clip={"length": 6})
+    assert loga.clip.length == loga.aggregator.clip_length == 6
     clip = create_model("loga_test_resnet", img_size=SIZE, clip_length=4, clip={"distance": "dot"}).clip
     assert (clip.length, clip.distance) == (4, "dot")
 
