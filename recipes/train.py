@@ -4,7 +4,7 @@
     python recipes/train.py --data folder:/data/mine --model gltr_resnet50 --size 256x128 --pretrained
     python recipes/train.py --data folder:/data/small --identity-splits 5        # repeated splits for a small set
     python recipes/train.py --config mine.yaml --epochs 60                       # YAML, overridden by the command line
-    accelerate launch --num_processes 4 recipes/train.py ...                     # several GPUs (or nodes)
+    torchrun --nproc_per_node 4 recipes/train.py ...                             # several GPUs (or nodes)
 
 A run directory (``<out>/<name>/``) holds settings.json (every setting, versions, git revision), log.jsonl (one line per
 epoch), metrics.json, config.json + model.safetensors (the trained model), cmc.png, and last.ckpt while training. The

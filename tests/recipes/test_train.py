@@ -161,19 +161,9 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_two_processes_run_the_whole_recipe(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
     options = ["--model", "mean_resnet10t", "--epochs", "1", "--name", "two", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT), *MINIATURE, *options],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *MINIATURE, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
