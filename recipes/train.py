@@ -513,7 +513,7 @@ def draw_cmc(path: Path, runs: dict[str, list[dict]], title: str) -> None:
         label = f"{name} (mAP {100 * np.mean([m['map'] for m in all_metrics]):.1f})"
         axes.plot(range(1, len(curve) + 1), curve, marker="o", markersize=3, label=label)
     axes.set(xlabel="rank", ylabel="queries with a match up to this rank, %", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks([1, 5, 10, 15, 20])
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     temporary = path.with_name("cmc.tmp.png")
@@ -525,12 +525,17 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     settings = parse_settings(sys.argv[1:] if argv is None else argv)
     accelerator = accelerate.Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
     names = [name.strip() for name in settings.model.split(",")]
-    dataset = data.parse_data_spec(settings.data, **settings.data_options)
-    splits = (
-        data.identity_splits(dataset, settings.identity_splits, settings.seed)
-        if settings.identity_splits
-        else [dataset]
-    )
+    try:  # what is wrong with the command shows now, and not after the first model is trained
+        dataset = data.parse_data_spec(settings.data, **settings.data_options)
+        splits = [dataset]
+        if settings.identity_splits:
+            splits = data.identity_splits(dataset, settings.identity_splits, settings.seed)
+        for split in splits:
+            split.check_retrieval()
+        for name in names:
+            build_model(name, settings)
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"train.py: {error}") from error
     base = settings.name or f"{settings.data.split(':')[0]}-seed{settings.seed}"
     runs, directories = {}, []
     for name in names:

@@ -176,6 +176,28 @@ def test_two_processes_run_the_whole_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--data", "folder:nowhere"], "no folder nowhere"),
+        (["--data", "sinthetic"], "did you mean 'synthetic'"),
+        (["--model", "mean_resnet10t,meen_resnet10t"], "no aggregator's name starts 'meen_resnet10t'"),
+        (["--model-options", "qality=features"], "no option qality"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is(recipe, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        recipe("train").main([*argv, "--device", "cpu", "--size", "32x16", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_queries_without_a_match_are_said(recipe, folder, tmp_path):
+    for person in (folder / "gallery").iterdir():
+        person.rename(person.with_name(f"9{person.name[1:]}"))
+    with pytest.raises(SystemExit, match="no identity in common"):
+        recipe("train").main([*MINIATURE[4:], "--data", f"folder:{folder}", "--out", str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
         (["--size", "big"], "HEIGHTxWIDTH"),
         (["--optimizer", "adma"], "one of adamw, adam, sgd"),
         (["--model-options", "quality"], "takes KEY=VALUE"),
