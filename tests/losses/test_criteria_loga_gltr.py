@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 0, 3, 3, 1, 1, 4, 4])
 exact = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def setup(name, **options):
+def prepared(name, **options):
     torch.manual_seed(0)
     aggregator = create_aggregator(name, 6)
     criterion = create_criterion(name, CLASSES, aggregator, **options).double()
@@ -36,7 +36,7 @@ def literal_cross_entropy(classifier, x):
 def test_loga(mining):
     """Two clips of each identity: one positive. Random: the loss is one that some choice of negatives gives."""
     generator = torch.Generator().manual_seed(3)
-    criterion, x, details = setup("loga", mining=mining, generator=generator)
+    criterion, x, details = prepared("loga", mining=mining, generator=generator)
     terms = criterion(details, LABELS)
     assert set(terms) == {"cross_entropy", "triplet", "loss"}
     torch.testing.assert_close(terms["cross_entropy"], literal_cross_entropy(criterion.classifier, x), **exact)
@@ -59,7 +59,7 @@ def test_loga(mining):
 
 
 def test_loga_gradients():
-    criterion, x, details = setup("loga", mining="hard")
+    criterion, x, details = prepared("loga", mining="hard")
     parameters = [x, *criterion.parameters()]
     got = torch.autograd.grad(criterion(details, LABELS)["loss"], parameters)
     triplet = 0
@@ -71,7 +71,7 @@ def test_loga_gradients():
 
 
 def test_gltr():
-    criterion, x, details = setup("gltr")
+    criterion, x, details = prepared("gltr")
     terms = criterion(details, LABELS)
     assert set(terms) == {"cross_entropy", "loss"}
     want = literal_cross_entropy(criterion.classifier, x)
@@ -84,7 +84,7 @@ def test_gltr():
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_gltr_released_head(train):
-    criterion, x, details = setup("gltr_released")
+    criterion, x, details = prepared("gltr_released")
     assert [type(layer) for layer in criterion.classifier] == [nn.BatchNorm1d, nn.ReLU, nn.Dropout, nn.Linear]
     norm, _, dropout, linear = criterion.train(train).classifier
     assert (norm.num_features, dropout.p, linear.out_features) == (512, 0.5, CLASSES)
