@@ -111,8 +111,7 @@ class GSTA(Aggregator):
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         hidden, _ = self.lstm(features, mask=mask)
-        details = self._attend(frame_vectors(hidden), frame_vectors(features), mask)  # Eq. 6
-        return details._replace(supervised={"features": features})
+        return self._attend(frame_vectors(hidden), frame_vectors(features), mask, {"features": features})  # Eq. 6
 
     def stream(self, chunks: Iterable[Tensor]) -> Details:
         """Aggregates tracklets of any length without ever holding all of their maps.
@@ -138,9 +137,9 @@ class GSTA(Aggregator):
         if not vectors:
             raise ValueError("GSTA.stream: expected at least one chunk of maps [B, t, C, H, W], got none.")
         x = torch.cat(vectors, 1)
-        return self._attend(torch.cat(hidden_vectors, 1), x, all_real(x))
+        return self._attend(torch.cat(hidden_vectors, 1), x, all_real(x), {})
 
-    def _attend(self, h: Tensor, f: Tensor, mask: Tensor) -> Details:
+    def _attend(self, h: Tensor, f: Tensor, mask: Tensor, supervised: dict[str, Tensor]) -> Details:
         weights = masked_softmax(self.score(F.relu(self.squeeze(h))).squeeze(-1), mask)  # Eq. 7
         embedding = self.project(weighted_sum(h, weights)) + masked_mean(f, mask)  # Eq. 8
-        return Details(embedding, mask, weights, {}, {})
+        return Details(embedding, mask, weights, {}, supervised)

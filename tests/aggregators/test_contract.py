@@ -252,7 +252,7 @@ def test_compiles_into_one_graph(aggregator):
     torch._dynamo.reset()
     compiled = torch.compile(aggregator, fullgraph=True, dynamic=True)
     for B, T in ((2, 3), (3, 2)) if aggregator.clip_length is None else ((2, None), (3, None)):
-        features, extra = inputs(aggregator, B=B, T=T)
+        features, extra = inputs(aggregator, B=B, T=T, size=(8, 6))  # sizes that differ from each other
         mask = holes(features.shape[1], (1, 3, 2)[:B])
         with torch.no_grad():
             got = compiled(features, mask, return_details=True, **extra)
