@@ -72,7 +72,7 @@ class Settings:
     clips: int = option(2, "K, clips per identity")
 
     # Optimisation. Adam at 1e-3 suits small backbones from scratch; fine-tuning wants about 3e-4.
-    epochs: int = option(30, "passes over the training identities")
+    epochs: int = option(40, "passes over the training identities")
     optimizer: str = option("adamw", "adamw, adam or sgd (Nesterov momentum 0.9)")
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(5e-4, "not applied to biases and norms")
