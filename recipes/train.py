@@ -26,6 +26,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before torch is imported: threads that spin while they wait take the processor from the loader.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import accelerate
 import numpy as np
 import timm
