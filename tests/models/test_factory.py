@@ -180,3 +180,19 @@ def test_every_aggregator_takes_the_channels_of_large_backbones():
     for name in list_aggregators():
         with torch.device("meta"):
             assert create_aggregator(name, 2048).in_features == 2048
+
+
+@pytest.mark.parametrize("backbone", sorted(name.removeprefix("mean_") for name in list_models("mean_*")))
+def test_every_prefix_works_on_every_listed_backbone(backbone):
+    """One encoder for all of them, at maps of its own shape; what create_model adds to that is tested above."""
+    encoder = FrameEncoder(backbone).eval()
+    with torch.no_grad():
+        maps = encoder(torch.randn(2, 3, *encoder.data_config["input_size"][1:]))
+        for prefix in list_aggregators():
+            aggregator = create_aggregator(prefix, encoder.num_features).eval()
+            T = aggregator.clip_length or 2
+            clip = maps[:1].expand(T, -1, -1, -1)[None].clone()
+            frames = torch.randn(1, T, 3, *encoder.data_config["input_size"][1:])
+            embedding = aggregator(clip, frames=frames if aggregator.needs_frames else None)
+            assert embedding.shape == (1, aggregator.num_features)
+            assert embedding.isfinite().all(), prefix

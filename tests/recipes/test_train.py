@@ -137,10 +137,13 @@ def gradients_of(rank, world, recipe_path, tmp_path):
     details, target = wrapped(clips[share]), labels[share]
     if world > 1:
         details, target = train.gather(details, target)
-    loss = criterion(details, target)["loss"]
+    oim = temporal_agg.losses.OIMLoss(4, 12).double()
+    oim.table += torch.eye(4, 12, dtype=torch.float64)
+    loss = criterion(details, target)["loss"] + oim(details.embedding, target)
     loss.backward()
+    oim.after_step()
     gradients = [p.grad for p in (*model.parameters(), *criterion.parameters())]
-    torch.save((loss.detach(), gradients), tmp_path / f"{world}-{rank}.pt")
+    torch.save((loss.detach(), [*gradients, oim.table]), tmp_path / f"{world}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -153,7 +156,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.multiprocessing.start_processes(
             gradients_of, (world, SCRIPT.parent, tmp_path), nprocs=world, start_method="spawn"
         )
-    loss, gradients = torch.load(tmp_path / "1-0.pt")
+    loss, gradients = torch.load(tmp_path / "1-0.pt")  # and the OIM table after the step
     for rank in range(2):
         other, other_gradients = torch.load(tmp_path / f"2-{rank}.pt")
         torch.testing.assert_close(other, loss, rtol=1e-9, atol=1e-9)
