@@ -142,7 +142,7 @@ def test_clip_configuration():
     def clip(name, clip=None, **kwargs):
         return TrackletModel(encoder, create_aggregator(name, encoder.num_features, **kwargs), clip).clip
 
-    assert clip("mean") == ClipConfig()
+    assert clip("mean") == ClipConfig(length=4)
     assert clip("loga").length == 10
     assert clip("loga", clip_length=6).length == 6
     assert clip("mean", ClipConfig(length=3)).length == 3
