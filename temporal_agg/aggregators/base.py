@@ -128,13 +128,7 @@ class Aggregator(nn.Module):
                 f"{self.clip_length} frames (repeat or pad with a mask), or build it with clip_length={T}."
             )
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(
-                    f"{name}: mask must be a bool tensor (True = a real frame), got {got}; use mask.bool()."
-                )
-            if mask.shape != (B, T):
-                raise ValueError(f"{name}: mask must have the shape [B, T] = {[B, T]}, got {list(mask.shape)}.")
+            check_mask(mask, (B, T))
             if not torch.compiler.is_compiling() and not mask.any(1).all():
                 empty = (~mask.any(1)).nonzero().flatten().tolist()
                 raise ValueError(f"{name}: every clip needs a real frame, but the mask has none for clips {empty}.")
@@ -222,6 +216,15 @@ class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
         self.running_mean += step * (mean - self.running_mean)
         self.running_var += step * (unbiased - self.running_var)
         self.num_batches_tracked += count > 0
+
+
+def check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    """Raises unless ``mask`` is a bool tensor of the clips' ``shape`` (B, T)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (True = a real frame), got {got}; use mask.bool().")
+    if mask.shape != tuple(shape):
+        raise ValueError(f"mask must have the shape [B, T] = {list(shape)}, got {list(mask.shape)}.")
 
 
 def all_real(x: Tensor) -> Tensor:

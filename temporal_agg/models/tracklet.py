@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
-from ..aggregators.base import Aggregator, Details, zero_padding
+from ..aggregators.base import Aggregator, Details, check_mask, zero_padding
 from ..aggregators.registry import ClipConfig, registry_entry
 from .encoder import check_images
 from .hub import HubMixin
@@ -96,11 +95,7 @@ class TrackletModel(HubMixin, nn.Module):
             if flow.shape[:2] != clips.shape[:2] or flow.shape[3:] != clips.shape[3:]:
                 raise ValueError(f"flow must fit the clips {list(clips.shape)}, got {list(flow.shape)}.")
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"mask must be a bool tensor (True = a real frame), got {got}; use mask.bool().")
-            if mask.shape != clips.shape[:2]:
-                raise ValueError(f"mask must have the shape [B, T] = {list(clips.shape[:2])}, got {list(mask.shape)}.")
+            check_mask(mask, clips.shape[:2])
             # NaN in padding would pass the backbone and, by 0 x NaN, reach its gradients.
             clips = zero_padding(clips, mask)
             flow = flow if flow is None else zero_padding(flow, mask)
