@@ -4,7 +4,7 @@ A correlation map splits each frame's map into a part that agrees with the whole
 through the clip in both directions, the first is enhanced channel by channel, the second is accumulated in a memory.
 
 The memory never depends on the enhancement. :class:`TRL` therefore runs the memories alone step by step, both
-directions at once as channel groups, and everything else over all steps at once.
+directions at once as channel groups, and in training everything else over all steps at once.
 
 The code that the authors released differs from the paper; both readings are here (``grl``, ``grl_released``). The
 released one holds its parameters as the authors' does, up to names and to the concatenation of the two directions.
@@ -163,26 +163,26 @@ class EMU(nn.Module):
             mask: bool ``[B]``, the clips that have a frame at this step (BatchNorm counts these); None = all.
 
         Returns:
-            The enhanced features and the memories after this step, both ``[B, G*C, H, W]``; they mean nothing for
-            clips without a frame.
+            The enhanced features, which mean nothing for clips without a frame, and the memories after this step,
+            which stay what they were for such clips; both ``[B, G*C, H, W]``.
         """
         G = self.directions
-        attention = self.attention(high, memory.chunk(G, 1))
+        attention = self.attention([high] * G, memory.chunk(G, 1))
         enhanced = (1 + attention)[..., None, None] * high.repeat(1, G, 1, 1)  # Eq. 7
         return enhanced, self.remember(memory, low.repeat(1, G, 1, 1), mask)
 
-    def attention(self, high: Tensor, memories: Sequence[Tensor]) -> Tensor:
-        """The channel attention a ``[N, G*C]`` of N frames, given each direction's memories before them.
+    def attention(self, high: Sequence[Tensor], memories: Sequence[Tensor]) -> Tensor:
+        """The channel attention a ``[N, G*C]`` of N frames for each direction.
 
         Args:
-            high: ``[N, C, H, W]``.
-            memories: G tensors ``[N, C, H, W]``.
+            high: the frames that each direction meets, G tensors ``[N, C, H, W]``.
+            memories: each direction's memories before them, G tensors ``[N, C, H, W]``.
         """
         if self.f1 is None:
-            return high.new_zeros(high.shape[0], self.directions * high.shape[1])
+            return high[0].new_zeros(high[0].shape[0], self.directions * high[0].shape[1])
         logits = []
-        for f1, f2, mlp, memory in zip(self.f1, self.f2, self.mlp, memories, strict=True):
-            difference = (f2(memory).relu_() - f1(high).relu_()).square()  # Eq. 5
+        for f1, f2, mlp, frames, memory in zip(self.f1, self.f2, self.mlp, high, memories, strict=True):
+            difference = (f2(memory).relu_() - f1(frames).relu_()).square()  # Eq. 5
             logits.append(mlp(difference.mean((2, 3))))
         return torch.cat(logits, 1).sigmoid()  # Eq. 6
 
@@ -191,9 +191,8 @@ class EMU(nn.Module):
         if self.res is None:
             return memory
         total = memory + low
-        if mask is not None:
-            total = zero_padding(total, mask)  # what no clip uses shall not grow from step to step
-        return (self.res(total, mask) + total).relu_()  # Eq. 8
+        after = (self.res(total, mask) + total).relu_()  # Eq. 8
+        return after if mask is None else torch.where(mask[:, None, None, None], after, memory)
 
 
 class TRL(nn.Module):
@@ -246,24 +245,32 @@ class TRL(nn.Module):
             F^h ``[B, T, C]``, the enhanced frame vectors (padded ones mean nothing), and F^l ``[B, C]``, the last
             memory.
         """
-        B, T, C = high.shape[:3]
+        B, T, C, H, W = high.shape
         G = len(self.directions)
         if mask is None:
             mask = all_real(high)
         visits = self._visits(mask)
-        memories = self._memories(low, mask, visits)
+        rows = (visits + T * torch.arange(B, device=high.device)[:, None, None]).transpose(0, 1)
+        has_frame = torch.arange(T, device=high.device)[:, None] < mask.sum(1)
+        all_high, all_low = high.flatten(0, 1), low.flatten(0, 1)
+        memory = masked_mean(low, mask).repeat(1, G, 1, 1)  # M_0
+        attention = []  # by step
+        # With gradients every memory is kept anyway. Without, nothing is: one step at a time saves memory, and time.
+        block = T if torch.is_grad_enabled() else 1
+        for rows_k, has_frame_k in zip(rows.split(block), has_frame.split(block), strict=True):
+            before = []
+            met = all_low.index_select(0, rows_k.flatten()).view(-1, B, G * C, H, W)
+            for low_k, present in zip(met.unbind(), has_frame_k.unbind(), strict=True):
+                before.append(memory.chunk(G, 1))
+                memory = self.emu.remember(memory, low_k, present)
+            seen = [all_high.index_select(0, rows_k[..., g].flatten()) for g in range(G)]
+            attention.append(self.emu.attention(seen, [torch.cat(memories) for memories in zip(*before, strict=True)]))
 
-        # Before frame t of clip b, direction g holds the memory of its step visits.argsort(1)[b, t, g].
-        clip = torch.arange(B, device=high.device)
-        group = torch.arange(G, device=high.device)[:, None, None]
-        before = (visits.argsort(1).permute(2, 0, 1) * B + clip[:, None]) * G + group
-        last = (mask.sum(1) * B + clip) * G + group[..., 0]
-        held = memories.index_select(0, torch.cat([before.flatten(), last.flatten()]))
-        *before, last = held.split([B * T] * G + [G * B])
-
-        attention = self.emu.attention(high.flatten(0, 1), before).view(B, T, G, C)
+        # From (step, clip, direction) to (clip, frame, direction).
+        attention = torch.cat(attention).view(T, B, G, C).transpose(0, 1)
+        attention = attention.gather(1, visits.argsort(1)[..., None].expand(B, T, G, C))
         enhanced = ((1 + attention) * frame_vectors(high)[:, :, None]).flatten(2)  # Eq. 7, GAP
-        last = last.mean((2, 3)).view(G, B, C).transpose(0, 1).flatten(1)
+        last = memory.mean((2, 3))
         if self.join_high is None:
             return enhanced.view(B, T, G, C).sum(2), last.view(B, G, C).sum(1)
         return self.join_high(enhanced), self.join_low(last)  # Eqs. 9, 10
@@ -275,18 +282,6 @@ class TRL(nn.Module):
         last = mask.sum(1, keepdim=True) - 1
         reverse = order.gather(1, torch.where(step <= last, last - step, step))
         return torch.stack([order if d == "forward" else reverse for d in self.directions], 2)
-
-    def _memories(self, low: Tensor, mask: Tensor, visits: Tensor) -> Tensor:
-        """The memories M_0 to M_T of every clip and direction as rows (step, clip, direction) of maps ``[C, H, W]``."""
-        B, T, C, H, W = low.shape
-        G = len(self.directions)
-        rows = (visits + T * torch.arange(B, device=low.device)[:, None, None]).transpose(0, 1)
-        met = low.flatten(0, 1).index_select(0, rows.flatten()).view(T, B, G * C, H, W)
-        has_frame = torch.arange(T, device=low.device)[:, None] < mask.sum(1)
-        memories = [masked_mean(low, mask).repeat(1, G, 1, 1)]  # M_0
-        for low_k, has_frame_k in zip(met.unbind(), has_frame.unbind(), strict=True):
-            memories.append(self.emu.remember(memories[-1], low_k, has_frame_k))
-        return torch.stack(memories).reshape(-1, C, H, W)
 
     def extra_repr(self) -> str:
         return f"directions={self.directions}"
