@@ -1,6 +1,6 @@
 """Temporal aggregators for video person re-identification, over the frame features of any timm backbone."""
 
-from . import data, losses, retrieval
+from . import data, losses, plot, retrieval
 from .aggregators import (
     Aggregator,
     ClipConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "list_criteria",
     "list_models",
     "losses",
+    "plot",
     "register_aggregator",
     "retrieval",
 ]

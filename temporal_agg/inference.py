@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .aggregators import ClipConfig
-from .data import ClipTransform, Tracklet, cut_tracklet
+from .data import ClipTransform, Tracklet, check_flow, cut_tracklet
 
 if TYPE_CHECKING:
     from .models import TrackletModel
@@ -37,12 +38,14 @@ def embed_tracklets(
 
     A tracklet's embedding is the mean of its clips' embeddings, not normalised before. Every frame that a clip needs is
     read and passes the backbone once, also where clips overlap; batches are filled across tracklets; features are kept
-    only until the last clip that needs them. The model runs in evaluation mode, without gradients, and gets back the
-    mode that it had. Mixed precision is the caller's: wrap the call in ``torch.autocast``. Optical flow is not read.
+    only until the last clip that needs them. A clip of more than ``frames_per_batch`` frames, as a whole tracklet can
+    be, goes through ``aggregator.stream`` where there is one (:meth:`GSTA.stream`): its maps are then never all there.
+    Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without gradients,
+    and gets back the mode that it had. Mixed precision is the caller's: wrap the call in ``torch.autocast``.
 
     Args:
         model: turns clips into embeddings.
-        tracklets: what to embed, each with ``len()``, ``name`` and ``load()``.
+        tracklets: what to embed, each with ``len()``, ``name`` and ``load()`` (and ``load_flow()``).
         frames_per_batch: frames in one pass of the backbone, and at most (one clip at least) of the aggregator. It
             bounds memory and does not change the result.
         device: moves the model there first; None = where it is.
@@ -56,11 +59,15 @@ def embed_tracklets(
 
     Raises:
         ValueError: no tracklet, a tracklet without a frame, or ``frames_per_batch`` below 1.
+        FlowError: a tracklet without optical flow, and an encoder that takes it.
     """
     if not len(tracklets):
         raise ValueError("tracklets is empty: there is nothing to embed.")
     if frames_per_batch < 1:
         raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
+    flow = getattr(model.encoder, "uses_flow", False)
+    if flow:
+        check_flow(tracklets)
     plan = _plan(tracklets, model.clip, frames_per_batch)
     if device is not None:
         model.to(device)
@@ -70,7 +77,7 @@ def embed_tracklets(
         forks = multiprocessing.get_start_method() == "fork"
         num_workers = min(8, cores // 4 if device.type == "cpu" else cores) if forks else 0
     loader = DataLoader(
-        _Frames(tracklets, plan, model.data_config, frames_per_batch),
+        _Frames(tracklets, plan, model.data_config, frames_per_batch, flow),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -82,7 +89,8 @@ def embed_tracklets(
     model.eval()
     try:
         with torch.inference_mode(), _bar(len(plan.frames), progress) as bar:
-            _embed(model, plan.calls, _batches(loader, frames_per_batch, device, bar), out)
+            batches = _batches(loader, frames_per_batch, device, bar)
+            _embed(model, plan.calls, _Features(model, batches), out, frames_per_batch)
     finally:
         for module, training in modes:
             module.training = training
@@ -128,10 +136,16 @@ def _plan(tracklets: Sequence[Tracklet], clip: ClipConfig, frames_per_batch: int
 
 
 class _Frames(Dataset):
-    """The plan's frames in order, read and transformed, in parts that never cross a batch of the backbone."""
+    """The plan's frames in order, read and transformed, in parts that never cross a batch of the backbone.
 
-    def __init__(self, tracklets: Sequence[Tracklet], plan: _Plan, data_config: dict, frames_per_batch: int):
+    A part is ``[n, 3, H, W]``; with flow ``[n, 5, H, W]``, dx and dy being the last two channels.
+    """
+
+    def __init__(
+        self, tracklets: Sequence[Tracklet], plan: _Plan, data_config: dict, frames_per_batch: int, flow: bool
+    ):
         self.tracklets = tracklets
+        self.flow = flow
         self.owners = plan.owners
         self.frames = plan.frames
         self.parts = [
@@ -147,11 +161,13 @@ class _Frames(Dataset):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> Tensor:
-        part, frames = self.parts[i], []
+        part, frames, flow = self.parts[i], [], []
         owners, counts = self.owners[part].unique_consecutive(return_counts=True)
         for owner, indices in zip(owners.tolist(), self.frames[part].split(counts.tolist()), strict=True):
             frames += self.tracklets[owner].load(indices.tolist())
-        return self.transform(frames)
+            if self.flow:
+                flow += self.tracklets[owner].load_flow(indices.tolist())
+        return torch.cat(self.transform(frames, flow=flow), 1) if self.flow else self.transform(frames)
 
 
 def _batches(loader: DataLoader, frames_per_batch: int, device: torch.device, bar) -> Iterator[Tensor]:
@@ -171,30 +187,71 @@ def _batches(loader: DataLoader, frames_per_batch: int, device: torch.device, ba
         raise
 
 
-def _embed(model: "TrackletModel", calls: list[_Call], batches: Iterator[Tensor], out: Tensor) -> None:
+class _Features:
+    """The features of the plan's frames, made in order when they are asked for, and kept until they are dropped."""
+
+    def __init__(self, model: "TrackletModel", batches: Iterator[Tensor]):
+        self.model = model
+        self.batches = batches
+        self.kept: list[tuple[Tensor, Tensor | None]] = []  # batches of features, and of images where they are wanted
+        self.start = self.stop = 0  # the frames that they hold
+
+    def read(self, stop: int) -> None:
+        aggregator = self.model.aggregator
+        while self.stop < stop:
+            batch = next(self.batches)
+            images, flow = batch[:, :3], batch[:, 3:]
+            features = self.model.encode_frames(images, flow if flow.shape[1] else None)
+            if not aggregator.needs_maps:
+                features = features.mean((2, 3))
+            self.kept.append((features, images if aggregator.needs_frames else None))
+            self.stop += len(batch)
+
+    def drop(self, before: int) -> None:
+        """Lets batches go that hold no frame from ``before`` on."""
+        while self.kept and self.start + len(self.kept[0][0]) <= before:
+            self.start += len(self.kept.pop(0)[0])
+
+    def take(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The features, and the images where they are wanted, of any frames from the first kept one on."""
+        self.read(int(frames.max()) + 1)
+        features, images = zip(*self.kept, strict=True)
+        places = (frames - self.start).to(features[0].device, non_blocking=True)
+        return _join(features)[places], None if images[0] is None else _join(images)[places]
+
+    def chunks(self, first: int, last: int) -> Iterator[Tensor]:
+        """The features ``[1, t, ...]`` of successive frames; a batch is let go before the next one is made."""
+        while first < last:
+            self.drop(first)
+            self.read(first + 1)
+            chunk = slice(first - self.start, last - self.start)
+            first = self.start + len(self.kept[0][0])
+            yield self.kept[0][0][chunk][None]
+
+
+def _embed(model: "TrackletModel", calls: list[_Call], features: _Features, out: Tensor, frames_per_batch: int) -> None:
     """Adds every clip's embedding to its tracklet's row of ``out``."""
     aggregator = model.aggregator
     # The first frame that a call or any later one needs: everything before it can go.
     needed = torch.stack([call.frames.min() for call in calls]).flip(0).cummin(0).values.flip(0).tolist()
-    kept: list[tuple[Tensor, Tensor | None]] = []  # batches of features, and of images where they are wanted
-    start = stop = 0  # the frames that they hold
+    needed.append(sys.maxsize)
     done: list[tuple[Tensor, Tensor]] = []
     for k, call in enumerate(calls):
-        while stop <= int(call.frames.max()):
-            images = next(batches)
-            features = model.encode_frames(images)
-            if not aggregator.needs_maps:
-                features = features.mean((2, 3))
-            kept.append((features, images if aggregator.needs_frames else None))
-            stop += len(images)
-        while start + len(kept[0][0]) <= needed[k]:
-            start += len(kept.pop(0)[0])
-        places = (call.frames - start).to(images.device, non_blocking=True)
-        embeddings = aggregator(
-            _take([features for features, _ in kept], places),
-            None if call.mask.all() else call.mask.to(images.device),
-            frames=_take([images for _, images in kept], places) if aggregator.needs_frames else None,
-        )
+        features.drop(needed[k])
+        first, last = int(call.frames.min()), int(call.frames.max()) + 1
+        if (
+            hasattr(aggregator, "stream")
+            and call.frames.shape[1] > frames_per_batch
+            and call.mask.all()
+            and torch.equal(call.frames[0], torch.arange(first, last))
+            and needed[k + 1] >= last  # no later call wants these frames
+        ):
+            embeddings = aggregator.stream(features.chunks(first, last)).embedding
+        else:
+            clips, images = features.take(call.frames)
+            mask = None if call.mask.all() else call.mask.to(clips.device)
+            embeddings = aggregator(clips, mask, frames=images)
+            del clips, images
         done.append((call.owners, embeddings.float()))
         if len(done) == FLUSH or k == len(calls) - 1:
             owners, embeddings = (torch.cat(parts) for parts in zip(*done, strict=True))
@@ -202,8 +259,8 @@ def _embed(model: "TrackletModel", calls: list[_Call], batches: Iterator[Tensor]
             done.clear()
 
 
-def _take(batches: list[Tensor], places: Tensor) -> Tensor:
-    return (torch.cat(batches) if len(batches) > 1 else batches[0])[places]
+def _join(batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat(batches) if len(batches) > 1 else batches[0]
 
 
 def _bar(total: int, progress: bool):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
-from temporal_agg.data import ClipTransform, ImageError, Tracklet, cut_tracklet
+from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
 from temporal_agg.inference import embed_tracklets
-from temporal_agg.models import FrameEncoder, TrackletModel
+from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel
 
 C, SIZE = 32, (32, 16)
 LENGTHS = (1, 23, 7, 8, 3, 16)
@@ -34,9 +34,9 @@ class SmallEncoder(nn.Module):
         return self.norm(self.conv(frames)).relu()
 
 
-def build(aggregator="mean", clip=None):
+def build(aggregator="mean", clip=None, **kwargs):
     torch.manual_seed(0)
-    return TrackletModel(SmallEncoder(), create_aggregator(aggregator, C), clip).eval()
+    return TrackletModel(SmallEncoder(), create_aggregator(aggregator, C, **kwargs), clip).eval()
 
 
 def tracklets(lengths=LENGTHS, seed=0):
@@ -58,8 +58,13 @@ def literal(model, items):
         indices, mask = cut_tracklet(
             len(tracklet), c.length, c.test_sampling, stride=c.stride, fill=c.fill, tail=c.tail
         )
-        clips = [transform(tracklet.load(row.tolist())) for row in indices]
-        rows.append(torch.stack([model(clip[None], m[None])[0] for clip, m in zip(clips, mask, strict=True)]).mean(0))
+        embeddings = []
+        for row, m in zip(indices.tolist(), mask, strict=True):
+            clip, flow = transform(tracklet.load(row)), None
+            if getattr(model.encoder, "uses_flow", False):
+                clip, flow = transform(tracklet.load(row), flow=tracklet.load_flow(row))
+            embeddings.append(model(clip[None], m[None], flow=flow if flow is None else flow[None])[0])
+        rows.append(torch.stack(embeddings).mean(0))
     return torch.stack(rows)
 
 
@@ -165,6 +170,97 @@ def test_maps_of_a_long_tracklet_are_let_go(fill):
     embed(model, tracklets((400,)), frames_per_batch=12)
     assert len(alive) == 34
     assert most <= 3
+
+
+def streaming(clip=None):
+    """GSTA, which notes how many frames each call had, and how many maps were alive at once."""
+    model = build("gsta", clip, hidden_features=16)
+    model.called, model.alive, model.most = [], [], 0
+    model.aggregator.register_forward_pre_hook(lambda module, args: model.called.append(tuple(args[0].shape[:2])))
+
+    def watch(module, args, output):
+        model.alive.append(weakref.ref(output))
+        model.most = max(model.most, sum(ref() is not None for ref in model.alive))
+
+    model.encoder.register_forward_hook(watch)
+    return model
+
+
+@pytest.mark.parametrize("lengths", [(23,), (8,), (9,), (3, 40, 40, 5, 5, 16, 17)])
+def test_long_tracklets_stream(lengths):
+    model, items = streaming(), tracklets(lengths)
+    want = embed(model, items, frames_per_batch=1000)
+    assert sum(clips for clips, _ in model.called) == len(lengths), "nothing streams where all fits into a batch"
+    model.called.clear()
+    torch.testing.assert_close(embed(model, items, frames_per_batch=8), want, rtol=1e-5, atol=1e-6)
+    assert sorted(length for clips, length in model.called for _ in range(clips)) == sorted(
+        length for length in lengths if length <= 8
+    )
+    torch.testing.assert_close(want, literal(model, items), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_tracklet():
+    model = streaming()
+    embed(model, tracklets((400, 7, 90)), frames_per_batch=12)
+    assert len(model.alive) == 42
+    assert model.most <= 2
+
+
+@pytest.mark.parametrize(("stride", "whole"), [(10, 3 + 4 + 1), (20, 1 + 1)])
+def test_long_windows(stride, whole):
+    """Of windows longer than a batch those stream that have no padding, and no frame that the next one wants again."""
+    model, items = streaming(ClipConfig(20, stride=stride, fill="mask")), tracklets((50, 7, 60))
+    got = embed(model, items, frames_per_batch=8)
+    assert model.called == [(1, 20)] * whole
+    torch.testing.assert_close(got, literal(model, items), rtol=1e-4, atol=1e-5)
+
+
+class Filmed(Counting):
+    """A tracklet that has flow, and notes what is read of it."""
+
+    def __init__(self, tracklet, seed):
+        rng = np.random.default_rng(seed)
+        sizes = [(16, 8), (32, 16), (20, 10)]
+        flow = [rng.standard_normal((2, *sizes[i % 3])).astype(np.float32) for i in range(len(tracklet))]
+        super().__init__(Tracklet(tracklet.frames, 1, name=tracklet.name, flow=flow))
+        self.flow_read = []
+
+    def load_flow(self, indices):
+        self.flow_read += indices
+        return self.tracklet.load_flow(indices)
+
+
+def star(clip=None):
+    torch.manual_seed(0)
+    encoder = StarEncoder("test_resnet", img_size=SIZE)
+    with torch.no_grad():
+        encoder.flow_stem[1].weight.fill_(3)  # so that flow shows
+    return TrackletModel(encoder, create_aggregator("gsta", encoder.num_features, hidden_features=16), clip).eval()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("clip", [None, ClipConfig(6, stride=3, fill="mask")])
+def test_flow_is_read_once_and_goes_with_its_frame(clip, num_workers):
+    model = star(clip)
+    items = [Filmed(t, seed) for seed, t in enumerate(tracklets())]
+    got = embed(model, items, frames_per_batch=10, num_workers=num_workers)
+    if not num_workers:
+        assert [t.flow_read for t in items] == [list(range(n)) for n in LENGTHS]
+    torch.testing.assert_close(got, literal(model, items), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.encoder.flow_stem[1].weight.zero_()
+    assert (embed(model, items) - got).norm() > 1e-2 * got.norm()
+
+
+def test_missing_flow_shows_before_anything_is_computed():
+    model, calls = star(), []
+    model.encoder.register_forward_hook(lambda *args: calls.append(1))
+    items = tracklets((30, 5))
+    with pytest.raises(FlowError, match="'t1' has no optical flow"):
+        embed(model, [Filmed(items[0], 0), items[1]], frames_per_batch=4)
+    assert not calls
+    with pytest.raises(FlowError, match=r"'t0'.*flow=False"):
+        embed(model, [Counting(items[0])])
 
 
 def test_vectors_are_kept_in_place_of_maps():

@@ -26,7 +26,7 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "aggregators": set(),
     "losses": set(),
     "models": {"huggingface_hub", "safetensors", "timm"},
-    "data": {"PIL", "torchvision"},
+    "data": {"PIL", "h5py", "scipy", "torchvision"},
     "retrieval": set(),
     "inference": {"tqdm"},
     "plot": {"matplotlib"},
@@ -67,7 +67,9 @@ PUBLIC = [
     "list_criteria",
     "list_models",
     "losses",
+    "plot",
     "register_aggregator",
+    "rerank",
     "retrieval",
 ]
 
@@ -124,7 +126,7 @@ def test_the_import_scan_sees_every_form(tmp_path, monkeypatch):
 
 
 def test_importing_does_nothing_and_needs_no_extra():
-    heavy = ["accelerate", "matplotlib", "tensorboard", "tqdm", "yaml"]
+    heavy = ["accelerate", "h5py", "matplotlib", "scipy", "tensorboard", "tqdm", "yaml"]
     # timm and huggingface_hub import some of them themselves.
     code = (
         "import sys\n"

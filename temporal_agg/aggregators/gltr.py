@@ -215,10 +215,11 @@ class ReleasedTSA(nn.Module):
     clip=ClipConfig(length=16, train_sampling="adjacent", test_sampling="all", distance="euclidean"),
 )
 class GLTR(Aggregator):
-    """Frame embedding, dilated temporal pyramid, temporal self-attention, mean over time: D = N*d.
+    """Frame embedding, dilated temporal pyramid, temporal self-attention, mean over time: D = N*d (d without DTP).
 
     The frame weights are Eq. 8's m, how much each frame gives in total: negative parts clipped, then normalised,
-    uniform if nothing is left. ``maps["tsa"]`` is M ``[B, T, T]``: what frame t (last index) takes from frame s.
+    uniform if nothing is left, or without TSA. ``maps["tsa"]`` is M ``[B, T, T]``: what frame t (last index) takes from
+    frame s.
 
     The frame embedding is a Linear with bias on the average-pooled map, without norm or ReLU (the paper gives its width
     only; ours).
@@ -229,6 +230,10 @@ class GLTR(Aggregator):
         branches: N, of the pyramid; their rates are 1, 2, 4, ...
         pyramid: ``dilated``, ``undilated`` or ``pooling`` (see :class:`DTP`).
         normalize: ``softmax`` or ``none`` (see :class:`TSA`).
+        dtp: False: TSA alone, on the frame embeddings (the paper's Table 2); D = d, ``branches`` and ``pyramid`` are
+            unused.
+        tsa: False: DTP alone, the mean of its output (Table 2); ``normalize`` is unused. Without both, the mean of the
+            frame embeddings.
     """
 
     def __init__(
@@ -238,15 +243,22 @@ class GLTR(Aggregator):
         branches: int = 3,
         pyramid: str = "dilated",
         normalize: str = "softmax",
+        dtp: bool = True,
+        tsa: bool = True,
     ):
-        dtp = DTP(embed_features, [2**n for n in range(branches)], pyramid)  # r_n = 2^(n-1), Sec. 3.2
-        super().__init__(in_features, dtp.num_features)
+        rates = [2**n for n in range(branches)]  # r_n = 2^(n-1), Sec. 3.2
+        local = DTP(embed_features, rates, pyramid) if dtp else None
+        super().__init__(in_features, local.num_features if dtp else embed_features)
         self.embed = nn.Linear(in_features, embed_features)
-        self.dtp = dtp
-        self.tsa = TSA(dtp.num_features, normalize=normalize)
+        self.dtp = local
+        self.tsa = TSA(self.num_features, normalize=normalize) if tsa else None
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
-        x = self.dtp(self.embed(frame_vectors(features)), mask)  # Eq. 2
+        x = self.embed(frame_vectors(features))
+        if self.dtp is not None:
+            x = self.dtp(x, mask)  # Eq. 2
+        if self.tsa is None:
+            return Details(masked_mean(x, mask), mask, uniform_weights(mask, x), {}, {})  # Eq. 4
         M = self.tsa.relations(x, mask)
         embedding = self.tsa.mean(x, M, mask)  # Eqs. 3, 4
         given = M.sum(2).clamp(min=0)  # m of Eq. 8

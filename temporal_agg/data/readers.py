@@ -1,25 +1,23 @@
-"""Files -> :class:`TrackletData`: the layouts for one's own tracklets, data sets by name, repeated identity splits."""
+"""Files -> :class:`TrackletData`: the layouts for one's own tracklets, and repeated identity splits."""
 
 import csv
-import difflib
-import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .synthetic import synthetic_data
 from .tracklet import Tracklet, TrackletData, tracklet_key
 
-__all__ = ["identity_splits", "open_dataset", "parse_data_spec", "read_csv", "read_folder"]
+__all__ = ["identity_splits", "read_csv", "read_folder"]
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("split", "pid", "camera", "tracklet", "path")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+NOT_DATA = (".", "@", "__")  # what systems and archives leave behind: the beginnings of their folders' names
 LAYOUT = "<root>/{train,query,gallery}/<pid>/<camera>_<tracklet>/<frame>.jpg"
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +68,7 @@ def _folder_tracklets(split: Path) -> Iterator[Tracklet]:
                 )
             with os.scandir(folder) as entries:
                 names = [entry.name for entry in entries]
-            images = [name for name in names if _is_image(name)]
+            images = [name for name in names if is_image(name)]
             if not images:
                 raise ValueError(
                     f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}): a tracklet needs at least one frame. "
@@ -88,13 +86,13 @@ def _subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         entries = list(entries)
     for entry in entries:
-        if entry.is_file() and _is_image(entry.name):
+        if entry.is_file() and is_image(entry.name):
             raise ValueError(f"the image {entry.path} lies where only folders are expected: the layout is {LAYOUT}.")
-    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "@", "__"))]
+    names = [e.name for e in entries if e.is_dir() and not e.name.startswith(NOT_DATA)]
     return [folder / name for name in sorted(names, key=frame_order)]
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
@@ -153,49 +151,6 @@ def _csv_row(row: dict[str, str | None], where: str) -> tuple[tuple[str, int, in
     if not path:
         raise ValueError(f"{where}: path is empty; expected an image file.")
     return (split, int(pid), int(camera), tracklet), path
-
-
-_DATASETS: dict[str, Callable[..., TrackletData]] = {
-    "csv": read_csv,
-    "folder": read_folder,
-    "synthetic": synthetic_data,
-}
-
-
-def open_dataset(name: str, root: str | Path | None = None, **options) -> TrackletData:
-    """Opens a data set by name.
-
-    Args:
-        name: ``folder``, ``csv`` or ``synthetic``.
-        root: the folder or file that it lies in; none for ``synthetic``.
-        **options: further arguments of its reader.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or a root that is missing or not wanted.
-        TypeError: an unknown option (the message lists those it has).
-    """
-    if name not in _DATASETS:
-        near = difflib.get_close_matches(name, _DATASETS, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"no data set is named {name!r}; {hint}All: {', '.join(sorted(_DATASETS))}.")
-    reader = _DATASETS[name]
-    parameters = list(inspect.signature(reader).parameters.values())
-    takes_root = parameters[0].default is inspect.Parameter.empty
-    if takes_root and root is None:
-        raise ValueError(f"data set {name!r} needs the path that it lies in: root=..., or {name}:<path>.")
-    if root is not None and not takes_root:
-        raise ValueError(f"data set {name!r} lies in no file, got root={str(root)!r}: leave it out.")
-    known = [p.name for p in parameters[takes_root:]]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"data set {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}.")
-    return reader(root, **options) if takes_root else reader(**options)
-
-
-def parse_data_spec(spec: str, **options) -> TrackletData:
-    """Opens what a command line calls ``synthetic``, ``folder:<root>`` or ``csv:<file>`` (see :func:`open_dataset`)."""
-    name, _, root = spec.partition(":")
-    return open_dataset(name, root or None, **options)
 
 
 def identity_splits(data: TrackletData, k: int, seed: int = 0) -> list[TrackletData]:

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["cut_tracklet", "sample_frames", "seeded_generator"]
 
 FILLS = ("repeat", "last", "mask")
-TRAIN_POLICIES = ("random", "adjacent", "chunks", "even", "all")
+TRAIN_POLICIES = ("random", "adjacent", "chunks", "even", "each", "all")
 TEST_POLICIES = ("dense", "all", "chunks", "even")
 
 
@@ -25,6 +25,7 @@ def sample_frames(
     *,
     fill: str = "repeat",
     generator: torch.Generator | None = None,
+    number: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Draws one training clip.
 
@@ -33,11 +34,13 @@ def sample_frames(
         length: frames of the clip, L.
         policy: ``random``: distinct frames; ``adjacent``: consecutive frames from a random start; ``chunks``:
             restricted random sampling, one random frame from each of L chunks of ceil(n / L) frames, the last frame
-            repeated to fill them; ``even``: the middle frames of L equal parts, nothing random; ``all``: every frame,
-            whatever L is. Frames are in temporal order.
+            repeated to fill them; ``even``: the middle frames of L equal parts, nothing random; ``each``: in turn every
+            window of consecutive frames (with L = 1 every frame), nothing random; ``all``: every frame, whatever L is.
+            Frames are in temporal order.
         fill: what follows the frames of a tracklet with n < L: ``repeat`` them cyclically, repeat the ``last``, or pad
             and ``mask`` the padding.
         generator: draws; None = torch's global generator.
+        number: for ``each``: the start of the window, modulo the number of windows.
 
     Returns:
         Frame indices, int64 ``[L]``, and the mask, bool ``[L]``, True = real (padding points at the last frame).
@@ -55,6 +58,8 @@ def sample_frames(
         indices = torch.randperm(n, generator=generator)[:length].sort().values
     elif policy == "adjacent":
         indices = torch.randint(n - length + 1, (1,), generator=generator) + torch.arange(length)
+    elif policy == "each":
+        indices = number % (n - length + 1) + torch.arange(length)
     elif policy == "chunks":
         chunk = math.ceil(n / length)
         within = torch.randint(chunk, (length,), generator=generator)

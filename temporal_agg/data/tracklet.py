@@ -1,7 +1,9 @@
 """A tracklet (the frames of one person in one camera, in order) and a data set made of them."""
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -9,39 +11,80 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["ImageError", "Tracklet", "TrackletData"]
+from .flow import COMMAND, FlowError, flow_file, read_flow
+
+__all__ = ["ImageError", "Tracklet", "TrackletData", "check_flow"]
 
 
 class ImageError(OSError):
     """A frame that cannot be used; the message names its path."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class FrameFiles(Sequence):
+    """The paths of one folder's files: a million of them weigh their names alone, and no object each.
+
+    Args:
+        folder: where they lie.
+        names: bytes ``[T]`` (numpy's ``S``), encoded as the file system has them.
+    """
+
+    folder: str
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | slice) -> "str | FrameFiles":
+        if isinstance(index, slice):
+            return FrameFiles(self.folder, self.names[index])
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrameFiles):
+            return NotImplemented
+        return self.folder == other.folder and np.array_equal(self.names, other.names)
+
+    def __hash__(self) -> int:
+        return hash((self.folder, len(self), *self.names[:1].tolist()))
+
+
 @dataclass(frozen=True, eq=False)
 class Tracklet:
     """One person's frames in one camera, in temporal order.
 
-    Anything with ``pid``, ``camera``, ``name``, ``len()`` and ``load()`` can stand in for it.
+    Anything with ``pid``, ``camera``, ``name``, ``len()`` and ``load()`` (and ``load_flow()``, for models that take
+    optical flow) can stand in for it.
 
     Args:
         frames: paths of image files, or uint8 RGB arrays ``[h, w, 3]`` that are in memory already.
         pid: the identity; negative = junk, ignored in evaluation.
         camera: -1 = unknown.
         name: what messages call it.
+        flow: where its optical flow is: None = in the file beside its first frame that ``recipes/compute_flow.py``
+            writes; or the folder that was that command's ``--out``; or arrays ``[2, h, w]``, one a frame: dx and dy to
+            the next frame, in pixels of ``h x w``.
 
     Raises:
-        ValueError: no frame.
+        ValueError: no frame, or arrays of flow that are not one a frame.
     """
 
     frames: Sequence[str | Path | np.ndarray]
     pid: int
     camera: int = -1
     name: str = ""
+    flow: str | Path | Sequence[np.ndarray] | None = None
 
     def __post_init__(self):
         if isinstance(self.frames, (str, Path)):
             raise TypeError(f"frames must be a sequence of paths or arrays, got the single path {str(self.frames)!r}.")
         if len(self.frames) == 0:
             raise ValueError(f"{self._label()} has no frame: leave it out or give it at least one.")
+        if not isinstance(self.flow, (str, Path, type(None))) and len(self.flow) != len(self.frames):
+            raise ValueError(
+                f"{self._label()} has {len(self.frames)} frames and flow for {len(self.flow)}: give one array a frame "
+                "(the last frame repeats the one before)."
+            )
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -59,6 +102,41 @@ class Tracklet:
             ImageError: a file that is missing, truncated or no 8-bit image, or an array of another shape or type.
         """
         return [self._load(int(i)) for i in indices]
+
+    def load_flow(self, indices: Iterable[int]) -> list[Tensor]:
+        """Reads optical flow.
+
+        Args:
+            indices: of which frames, in the order wanted; none checks that the flow is there.
+
+        Returns:
+            One float32 tensor ``[2, h, w]`` each: dx (to the right) and dy (down) from the frame to the next one of the
+            tracklet, in pixels of ``h x w``, which need not be the frames' size. The last frame repeats the one before.
+
+        Raises:
+            FlowError: no flow, a damaged file, or an array of another shape.
+        """
+        if self.flow is not None and not isinstance(self.flow, (str, Path)):
+            return [self._flow(int(i)) for i in indices]
+        return read_flow(self._flow_file, map(int, indices), len(self), self._label())
+
+    @cached_property
+    def _flow_file(self) -> Path:
+        if any(isinstance(frame, np.ndarray) for frame in self.frames):
+            raise FlowError(
+                f"{self._label()} has no optical flow, and frames in memory have no file beside them: pass "
+                "Tracklet(..., flow=[one array a frame]), or build the model with flow=False."
+            )
+        return flow_file(self.frames, self.flow)
+
+    def _flow(self, index: int) -> Tensor:
+        flow = np.asarray(self.flow[index])
+        if flow.ndim != 3 or flow.shape[0] != 2 or flow.dtype.kind != "f":
+            raise FlowError(
+                f"the flow of frame {index} of {self._label()} must be a floating-point array [2, h, w], got "
+                f"{flow.dtype} {list(flow.shape)}."
+            )
+        return torch.from_numpy(flow.astype(np.float32))
 
     def _load(self, index: int) -> Tensor:
         frame = self.frames[index]
@@ -122,6 +200,19 @@ class TrackletData:
         place = {tracklet_key(t): i for i, t in enumerate(self.gallery)}
         return [place.get(tracklet_key(t), -1) for t in self.query]
 
+    def with_flow_root(self, root: str | Path) -> "TrackletData":
+        """The same data set, its optical flow in the folder ``root`` (``--out`` of ``recipes/compute_flow.py``).
+
+        Tracklets in memory, and those that carry flow already, stay as they are.
+        """
+
+        def pointed(t: Tracklet) -> Tracklet:
+            files = isinstance(t, Tracklet) and not isinstance(t.frames[0], np.ndarray)
+            return replace(t, flow=root) if files and t.flow is None else t
+
+        splits = {split: [pointed(t) for t in getattr(self, split)] for split in ("train", "query", "gallery")}
+        return replace(self, **splits)
+
     def check_retrieval(self) -> "TrackletData":
         """Returns the data set itself if at least one query can be found in the gallery.
 
@@ -150,9 +241,26 @@ class TrackletData:
         return self
 
 
+def check_flow(tracklets: Iterable[Tracklet]) -> None:
+    """Raises unless every tracklet has optical flow for its frames; reads none of it.
+
+    Raises:
+        FlowError: the first that has none.
+    """
+    for tracklet in tracklets:
+        if not hasattr(tracklet, "load_flow"):
+            raise FlowError(
+                f"{getattr(tracklet, 'name', tracklet)!r} has no optical flow: it is no tracklet of files, for which "
+                f"it can be computed ({COMMAND}). Build the model with flow=False."
+            )
+        tracklet.load_flow([])
+
+
 def tracklet_key(tracklet: Tracklet) -> object:
     """Equal for tracklets that are the same one: the same files in the same order, or the same object."""
     frames = getattr(tracklet, "frames", ())
+    if isinstance(frames, FrameFiles):
+        return frames
     if frames and not any(isinstance(f, np.ndarray) for f in frames):
         return tuple(map(str, frames))
     return id(tracklet)

@@ -217,13 +217,13 @@ class ReleasedGLTRCriterion(GLTRCriterion):
 class StarCriterion(Criterion):
     """STAR (BMVC 2019, Eqs. 11-13): cross-entropy, batch-hard triplet and 0.1 x the pyramid ranking regulariser.
 
-    The classifier has no bias, as printed. The aggregator must hand out its input maps as GSTA does.
+    The classifier has no bias, as printed. The aggregator must hand out its input maps, as GSTA does.
 
     Args:
         num_classes: identities in the training set.
         model: read for the embedding's width.
         margin: of the triplet loss and of the regulariser (alpha_2 = alpha_1).
-        pyramid_weight: the factor of the regulariser (lambda).
+        pyramid_weight: the factor of the regulariser (lambda); 0 leaves it out, and any aggregator will do.
     """
 
     def __init__(self, num_classes: int, model: nn.Module, margin: float = 0.4, pyramid_weight: float = 0.1):
@@ -231,14 +231,16 @@ class StarCriterion(Criterion):
         self.weights = {"pyramid": pyramid_weight}
         self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes, bias=False)
         self.triplet = TripletLoss(margin)
-        self.pyramid = PyramidRankingLoss(margin)
+        self.pyramid = PyramidRankingLoss(margin) if pyramid_weight else None
 
     def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
-        return {
+        terms = {
             "cross_entropy": F.cross_entropy(self.classifier(details.embedding), labels),  # Eq. 11
             "triplet": self.triplet(details.embedding, labels),  # Eq. 12
-            "pyramid": self.pyramid(details.supervised["features"], labels, details.mask),
         }
+        if self.pyramid is not None:
+            terms["pyramid"] = self.pyramid(details.supervised["features"], labels, details.mask)
+        return terms
 
 
 @register_criterion("fgra")

@@ -1,6 +1,7 @@
-"""Embeddings -> distances -> CMC and mAP."""
+"""Embeddings -> distances -> CMC and mAP; re-ranking."""
 
 from .distances import distances
 from .evaluate import RetrievalMetrics, evaluate
+from .rerank import rerank, rerank_distances
 
-__all__ = ["RetrievalMetrics", "distances", "evaluate"]
+__all__ = ["RetrievalMetrics", "distances", "evaluate", "rerank", "rerank_distances"]

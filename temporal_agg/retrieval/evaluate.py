@@ -137,6 +137,20 @@ def evaluate(
     )
 
 
+def ranked_gallery(
+    distances: np.ndarray, pid: int, camera: int, gallery_pids: np.ndarray, gallery_cams: np.ndarray, own: int = -1
+) -> np.ndarray:
+    """One query's ranked list: gallery indices without those it ignores, a match after what it ties with."""
+    same = gallery_pids == pid
+    ignored = gallery_pids == -1
+    if camera != -1:
+        ignored |= same & (gallery_cams == camera)
+    if own >= 0:
+        ignored[own] = True
+    order = np.lexsort((same, distances))
+    return order[~ignored[order]]
+
+
 def _at_or_below(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """For each of the thresholds, in ascending order: how many values are at or below it."""
     if len(thresholds) > 32:  # from here on one sort is cheaper than a pass for each threshold (measured)

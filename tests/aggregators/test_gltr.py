@@ -154,11 +154,19 @@ def test_tsa_is_equation_7_and_its_mean_is_taken_first(normalize, train):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_gltr_is_the_mean_of_tsa_of_dtp(train):
-    gltr = randomize(GLTR(C, d, 2).double()).train(train)
+@pytest.mark.parametrize("dtp", [False, True], ids=["", "DTP"])
+@pytest.mark.parametrize("tsa", [False, True], ids=["", "TSA"])
+def test_gltr_is_the_mean_of_tsa_of_dtp(train, dtp, tsa):
+    """And the rows of the paper's Table 2, where one or both are left out."""
+    gltr = randomize(GLTR(C, d, 2, dtp=dtp, tsa=tsa).double()).train(train)
+    assert gltr.num_features == (2 * d if dtp else d)
     maps = random(B, T, C, 2, 3)
-    frames = [[gltr.embed(v.mean((1, 2))) for v in clip] for clip in split(maps)]
-    clips, masks = literal_tsa(gltr.tsa, [literal_dtp(gltr.dtp, clip) for clip in frames])  # Eqs. 2, 3
+    clips = [[gltr.embed(v.mean((1, 2))) for v in clip] for clip in split(maps)]
+    if dtp:
+        clips = [literal_dtp(gltr.dtp, clip) for clip in clips]  # Eq. 2
+    masks = [[[1.0] * len(clip) for _ in clip] for clip in clips]
+    if tsa:
+        clips, masks = literal_tsa(gltr.tsa, clips)  # Eq. 3
     want = torch.stack([sum(clip) / len(clip) for clip in clips])  # Eq. 4
     parameters = [maps, *gltr.parameters()]
     want_gradients = gradients(want, parameters)
@@ -166,9 +174,9 @@ def test_gltr_is_the_mean_of_tsa_of_dtp(train):
     torch.testing.assert_close(got.embedding, want, **exact)
     torch.testing.assert_close(gradients(got.embedding, parameters), want_gradients, **exact)
     for b, M in enumerate(masks):
-        m = torch.stack([sum(row) for row in M])  # Eq. 8
+        m = torch.stack([torch.as_tensor(sum(row), dtype=torch.float64) for row in M])  # Eq. 8
         torch.testing.assert_close(got.frame_weights[b, MASK[b]], m / m.sum(), **exact)
-    assert got.maps["tsa"].shape == (B, T, T)
+    assert {key: x.shape for key, x in got.maps.items()} == ({"tsa": (B, T, T)} if tsa else {})
 
 
 def test_frame_weights_are_uniform_when_nothing_is_given():
@@ -195,8 +203,9 @@ def test_attention_starts_as_the_identity(name):
     )
 
 
-def test_no_parameter_of_the_paper_reading_is_idle():
-    gltr = randomize(GLTR(C, d, 2).double())
+@pytest.mark.parametrize("options", [{}, {"dtp": False}, {"tsa": False}], ids=str)
+def test_no_parameter_of_the_paper_reading_is_idle(options):
+    gltr = randomize(GLTR(C, 3 * d, 2, **options).double())
     gltr(random(B, T, C), MASK).pow(3).sum().backward()
     idle = [k for k, p in gltr.named_parameters() if p.grad.abs().max() < 1e-6]
     assert not idle
@@ -247,7 +256,17 @@ def test_released_attention_is_batched_over_real_frames_only(train):
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    "options", [{"pyramid": "undilated"}, {"pyramid": "pooling"}, {"normalize": "none"}, {"branches": 1}], ids=str
+    "options",
+    [
+        {"pyramid": "undilated"},
+        {"pyramid": "pooling"},
+        {"normalize": "none"},
+        {"branches": 1},
+        {"dtp": False},
+        {"tsa": False},
+        {"dtp": False, "tsa": False},
+    ],
+    ids=str,
 )
 def test_options_keep_the_mask_rule(options, train):
     """Frames in front, and the same frames with holes between them."""

@@ -3,7 +3,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from temporal_agg.data import ClipDataset, ClipTransform, Draw, IdentityBatchSampler, Tracklet, collate_clips
+from temporal_agg.data import (
+    ClipDataset,
+    ClipTransform,
+    Draw,
+    IdentityBatchSampler,
+    Tracklet,
+    TrackletBatchSampler,
+    collate_clips,
+)
 from temporal_agg.data.sampling import sample_frames
 
 
@@ -62,6 +70,17 @@ def test_a_clip_is_a_function_of_seed_epoch_index_and_number():
     state = torch.get_rng_state()
     assert torch.equal(data[6]["clip"], want)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_frame_of_every_tracklet_once():
+    data = dataset(length=1, policy="each")
+    loader = DataLoader(
+        data, batch_sampler=TrackletBatchSampler([len(t) for t in TRACKLETS], 12), collate_fn=collate_clips
+    )
+    clips = torch.cat([batch["clip"] for batch in loader])
+    assert clips.shape == (84, 1, 3, 1, 1)
+    values = sorted(clips[:, 0, 0, 0, 0].floor().long().tolist())
+    assert values == sorted(10 * t.pid + i for t in TRACKLETS for i in range(len(t)))
 
 
 def loaded(workers, epochs=(0, 1)):

@@ -8,7 +8,6 @@ from temporal_agg.data import (
     Tracklet,
     TrackletData,
     identity_splits,
-    open_dataset,
     parse_data_spec,
     read_csv,
     read_folder,
@@ -158,21 +157,6 @@ def test_csv_files_that_are_none(tmp_path):
         read_csv(write(tmp_path / "b.csv", [], "split;pid;camera;tracklet;path"))
     with pytest.raises(ValueError, match="no row below its header"):
         read_csv(write(tmp_path / "c.csv", []))
-
-
-def test_data_sets_open_by_name(root):
-    assert len(open_dataset("synthetic", num_identities=6).train) == 3 * 3 * 2
-    assert len(parse_data_spec("synthetic", seed=3).query) == len(synthetic_data().query)
-    with pytest.raises(ValueError, match="no data set is named 'foldr'; did you mean 'folder'"):
-        parse_data_spec(f"foldr:{root}")
-    with pytest.raises(ValueError, match="needs the path"):
-        parse_data_spec("folder")
-    with pytest.raises(ValueError, match="lies in no file"):
-        parse_data_spec("synthetic:5")
-    with pytest.raises(TypeError, match="'synthetic' has no option people; it has: num_identities, "):
-        open_dataset("synthetic", people=5)
-    with pytest.raises(TypeError, match="'folder' has no option seed; it has: none"):
-        open_dataset("folder", root, seed=1)
 
 
 def small_set():

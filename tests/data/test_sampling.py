@@ -55,6 +55,12 @@ def test_adjacent_frames_start_anywhere():
     assert starts == {tuple(range(s, s + 4)) for s in range(4)}
 
 
+def test_each_window_comes_in_turn():
+    for n, length in [(5, 1), (7, 3), (4, 4)]:
+        windows = [sample_frames(n, length, "each", number=i)[0].tolist() for i in range(2 * (n - length + 1))]
+        assert windows == 2 * [list(range(start, start + length)) for start in range(n - length + 1)]
+
+
 @pytest.mark.parametrize(("n", "length"), [(n, length) for n, length in SIZES if n >= length])
 def test_chunks_give_one_frame_each(n, length):
     """Naive: pad with the last frame to whole chunks, take one frame from each."""
@@ -138,7 +144,9 @@ def test_draws_follow_the_generator_and_leave_the_global_one_alone():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"policy must be one of random, adjacent, chunks, even, all, got 'dense'"):
+    with pytest.raises(
+        ValueError, match=r"policy must be one of random, adjacent, chunks, even, each, all, got 'dense'"
+    ):
         sample_frames(9, 4, "dense")
     with pytest.raises(ValueError, match="policy must be one of dense"):
         cut_tracklet(9, 4, "random")

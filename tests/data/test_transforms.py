@@ -115,6 +115,73 @@ def test_randomness_follows_the_generator_only():
     assert all(torch.equal(frame, same[0]) for frame in same)
 
 
+def test_erasing_each_frame_for_itself():
+    transform = ClipTransform((40, 20), MEAN, STD, train=True, flip=0, erasing=0.5, erasing_per_frame=True)
+    straight = ClipTransform((40, 20), MEAN, STD)(frames(40))
+    clip = transform(frames(40), seeded(0))
+    rectangles = set()
+    for frame, own in zip(clip, straight, strict=True):
+        erased = frame[0] == 0
+        assert torch.equal(erased, erased.any(1)[:, None] & erased.any(0)), "a rectangle"
+        assert torch.equal(frame, own.masked_fill(erased, 0)), "the same in every channel"
+        rectangles.add(tuple(erased.flatten().tolist()))
+    untouched = int((clip == straight).flatten(1).all(1).sum())
+    assert 10 <= untouched <= 30
+    assert len(rectangles) == 1 + 40 - untouched, "every erased frame has a rectangle of its own"
+
+
+def vectors(count=5, height=20, width=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, height, width, generator=g) for _ in range(count)]
+
+
+def test_resizing_scales_the_vectors_of_flow():
+    """One pixel to the right and two down at 20 x 10 are three and four at 40 x 30."""
+    flow = [torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 20, 10)]
+    clip, resized = ClipTransform((40, 30), MEAN, STD)(frames(1), flow=flow)
+    assert torch.equal(clip, ClipTransform((40, 30), MEAN, STD)(frames(1)))
+    assert resized.dtype == torch.float32
+    assert torch.allclose(resized, torch.tensor([3.0, 4.0]).view(2, 1, 1).expand(1, 2, 40, 30))
+    own = vectors()
+    _, resized = ClipTransform((40, 30), MEAN, STD)(frames(), flow=own)
+    want = F.interpolate(torch.stack(own), (40, 30), mode="bilinear") * torch.tensor([3.0, 2.0]).view(2, 1, 1)
+    torch.testing.assert_close(resized, want, rtol=1e-5, atol=1e-5)
+    mixed = [own[0], vectors(1, 40, 30)[0]]  # flow of any sizes
+    _, resized = ClipTransform((40, 30), MEAN, STD)(frames(2), flow=mixed)
+    torch.testing.assert_close(resized[1], mixed[1])
+    enlarged = ClipTransform((32, 16), train=True, flip=0, random_crop=1.25)  # the crop leaves the vectors alone
+    _, resized = enlarged(frames(1), flow=flow)
+    assert torch.allclose(resized, torch.tensor([2.0, 4.0]).view(2, 1, 1).expand(1, 2, 32, 16))
+
+
+@pytest.mark.parametrize("kwargs", [{"flip": 0.5}, {"flip": 0.5, "pad": 4}, {"random_crop": 9 / 8, "pad": 2}])
+def test_flow_goes_where_its_pixels_go(kwargs):
+    """Frames that hold the absolute flow as their colours show what flip and crop did to them."""
+    flow = [torch.randint(0, 50, (2, 40, 20), generator=seeded(9)).float().add(1) for _ in range(3)]
+    images = [torch.cat([f, f[:1]]).to(torch.uint8) for f in flow]
+    transform = ClipTransform((40, 20), (0, 0, 0), (1 / 255,) * 3, train=True, **kwargs)
+    signs = set()
+    for seed in range(20):
+        clip, moved = transform(images, seeded(seed), flow)
+        exact = "random_crop" not in kwargs  # else both were resized, the frames with rounding in each direction
+        scale = torch.tensor([1.0, 1.0] if exact else [22 / 20, 45 / 40]).view(2, 1, 1)
+        atol = 1e-4 if exact else 1.1
+        torch.testing.assert_close((moved / scale).abs(), clip[:, :2], rtol=0, atol=atol)
+        assert (moved[:, 1] >= 0).all()
+        real = clip[:, 0] > 0
+        (sign,) = moved[:, 0][real].sign().unique().tolist()
+        signs.add(sign)
+        assert torch.equal(transform(images, seeded(seed)), clip), "flow changes no draw"
+    assert signs == {1.0, -1.0}
+
+
+def test_flow_is_neither_erased_nor_normalised():
+    for per_frame in (False, True):
+        transform = ClipTransform((20, 10), train=True, flip=0, erasing=1.0, erasing_per_frame=per_frame)
+        _, flow = transform(frames(), seeded(0), vectors())
+        torch.testing.assert_close(flow, torch.stack(vectors()))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="height, width"):
         ClipTransform((32,))
@@ -122,3 +189,5 @@ def test_errors():
         ClipTransform((32, 16), random_crop=0.9)
     with pytest.raises(ValueError, match="probabilities"):
         ClipTransform((32, 16), flip=2)
+    with pytest.raises(ValueError, match="flow of 5 frames, got 4"):
+        ClipTransform((32, 16))(frames(), flow=vectors(4))

@@ -119,3 +119,42 @@ def test_parameter_groups():
         assert set(options) == {id(p) for p in criterion.parameters()}
         for name, p in criterion.named_parameters():
             assert options[id(p)] == ((0.03, 0.0) if name == "consistency.centres" else (3e-4, 5e-4))
+
+
+# System, options of the aggregator, options of the criterion: what the papers leave out of their systems.
+ABLATIONS = [
+    ("loga", {"assembly": "laq"}, {}),
+    ("loga", {"assembly": "gcq"}, {}),
+    ("gltr", {"tsa": False}, {}),
+    ("gltr", {"dtp": False}, {}),
+    ("gltr", {"dtp": False, "tsa": False}, {}),
+    ("gsta", {"hidden_features": 4}, {"pyramid_weight": 0.0}),
+    ("fgra", {"temporal": "average"}, {}),
+    ("fgra", {"spatial": "concatenation"}, {}),
+    ("fgra", {}, {"consistency_weight": 0.0}),
+    ("grl", {"enhancement": False, "memory": False}, {}),
+    ("grl", {"enhancement": False}, {}),
+    ("grl", {"memory": False}, {}),
+    ("grl", {}, {"losses": ["frame", "verification"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "aggregator_options", "options"), ABLATIONS, ids=str)
+def test_every_ablation_trains_all_that_it_has(name, aggregator_options, options):
+    """Two steps, since tables and zero-initialised layers let nothing through in the first."""
+    torch.manual_seed(0)
+    aggregator = create_aggregator(name, 16, **aggregator_options)
+    criterion = create_criterion(name, 3, aggregator, **options)
+    parameters = [*aggregator.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    T = aggregator.clip_length or 4
+    features, labels = torch.rand(6, T, 16, 4, 2), torch.tensor([0, 0, 1, 1, 2, 2])
+    frames = torch.rand(6, T, 3, 16, 8) if aggregator.needs_frames else None
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(aggregator(features, frames=frames, return_details=True), labels)["loss"].backward()
+        optimizer.step()
+        criterion.after_step()
+    unused = [key for m in (aggregator, criterion) for key, p in m.named_parameters() if p.grad is None]
+    assert unused == (["trl.join_low.weight", "memory_norm.weight", "memory_norm.bias"] if "losses" in options else [])
+    assert all(p.isfinite().all() for p in parameters)

@@ -93,5 +93,6 @@ def test_the_criterion_of_star(name):
     torch.testing.assert_close(terms["pyramid"], literal(maps(8, torch.float32), LABELS, mask, 0.4))
     total = terms["cross_entropy"] + terms["triplet"] + 0.1 * terms["pyramid"]
     torch.testing.assert_close(terms["loss"], total)
-    without = create_criterion(name, 2, aggregator, pyramid_weight=0.0)(details, LABELS)
+    without = create_criterion(name, 2, aggregator, pyramid_weight=0.0)(details._replace(supervised={}), LABELS)
+    assert set(without) == {"cross_entropy", "triplet", "loss"}
     torch.testing.assert_close(without["loss"], without["cross_entropy"] + terms["triplet"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))  # as when a script there is run
 
 
 @pytest.fixture(scope="session")

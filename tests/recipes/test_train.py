@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from benchmarks_on_disk import make_duke, make_ilids_vid, make_ls_vid, make_mars, make_prid2011
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import temporal_agg
@@ -36,7 +39,17 @@ def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
     assert [d.name for d in directories] == ["synthetic-seed0-attention_resnet10t", "synthetic-seed0-mean_resnet10t"]
     for directory in directories:
         files = {p.name for p in directory.iterdir()}
-        assert files == {"settings.json", "log.jsonl", "metrics.json", "config.json", "model.safetensors", "cmc.png"}
+        assert files == {
+            *(
+                "settings.json",
+                "log.jsonl",
+                "metrics.json",
+                "config.json",
+                "model.safetensors",
+                "reference.safetensors",
+            ),
+            *("cmc.png", "checkpoints"),
+        }
         metrics = json.loads((directory / "metrics.json").read_text())
         assert {"map", "rank1", "rank5", "rank10", "seconds", "untrained"} <= set(metrics)
         assert 0 < metrics["map"] <= 1
@@ -62,6 +75,8 @@ def test_the_saved_model_reproduces_the_recorded_metrics(recipe, tmp_path):
         *([getattr(t, key) for t in side] for side in (dataset.query, dataset.gallery) for key in ("pid", "camera")),
     )
     assert got.map == pytest.approx(metrics["mean_resnet10t"][0]["map"], abs=1e-6)
+    reference = load_file(tmp_path / "one" / "reference.safetensors")["gallery"]
+    torch.testing.assert_close(embeddings[1][:16], reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -85,8 +100,11 @@ def test_own_folder_with_identity_splits(recipe, folder, tmp_path):
     results = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs")])["mean_resnet10t"]
     assert [m["queries"] for m in results] == [2, 2]
     assert {d.name for d in (tmp_path / "runs").iterdir()} == {
-        f"folder-seed0-mean_resnet10t-split{k}of2" for k in range(2)
+        f"folder-seed0-mean_resnet10t-split{k}" for k in range(2)
     }
+    # The second split alone is the same split, under the same name: the run is found, nothing is trained.
+    again = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs"), "--split", "1"])
+    assert again["mean_resnet10t"] == results[1:]
 
 
 def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(recipe, tmp_path, capsys):
@@ -99,26 +117,96 @@ def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(rec
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    """Killed in the middle of an epoch, between two optimizer steps, with random mining."""
+
     def command(name):
-        options = ["--model", "mean_resnet10t", "--epochs", "4", "--name", name, "--out", str(tmp_path)]
+        options = ["--model", "mean_resnet10t", "--epochs", "4", "--identities", "2", "--name", name]
+        options += ["--criterion-options", "mining=random", "--save-every", "1", "--out", str(tmp_path)]
         return [sys.executable, str(SCRIPT), *MINIATURE, *options]
+
+    def newest(name):
+        names = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("batch-*.ckpt"))
+        return names[-1] if names else ""
 
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command("whole"), check=True, env=env, capture_output=True)
     process = subprocess.Popen(command("killed"), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "last.ckpt").exists() and process.poll() is None:
-        time.sleep(0.005)
+    while newest("killed") < "batch-000000003" and process.poll() is None:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "metrics.json").exists(), "it was killed too late to show anything"
-    subprocess.run(command("killed"), check=True, env=env, capture_output=True)
+    done = subprocess.run(command("killed"), check=True, env=env, capture_output=True, text=True)
+    assert "goes on in epoch" in done.stdout
     whole, resumed = (temporal_agg.create_model(f"local-dir:{tmp_path / n}").state_dict() for n in ("whole", "killed"))
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
-    logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / n / "log.jsonl").open()]
-        for n in ("whole", "killed")
-    ]
-    assert logs[0] == logs[1]
+    assert newest("killed") == newest("whole") == "batch-000000008.ckpt"
+    log, metrics = [], []
+    for name in ("whole", "killed"):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
+        log.append([{k: v for k, v in line.items() if k != "train_seconds"} for line in lines])
+        content = json.loads((tmp_path / name / "metrics.json").read_text())
+        metrics.append({k: v for k, v in content.items() if "seconds" not in k})
+    assert log[0] == log[1]
+    assert metrics[0] == metrics[1]
+
+
+def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(recipe, tmp_path, capsys):
+    train = recipe("train")
+    for batches in range(1, 5):
+        train.save_checkpoint(tmp_path, batches, 2, {"batches": batches})
+    newest, older = train.checkpoints(tmp_path)
+    assert (newest.name, older.name) == ("batch-000000004.ckpt", "batch-000000003.ckpt")
+    assert train.load_checkpoint(tmp_path, "cpu") == {"batches": 4}
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert train.load_checkpoint(tmp_path, "cpu") == {"batches": 3}
+    assert "batch-000000004.ckpt cannot be read" in capsys.readouterr().out
+    older.write_bytes(b"")
+    assert train.load_checkpoint(tmp_path, "cpu") is None
+
+
+def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
+    argv = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--name", "one", "--out", str(tmp_path)]
+    argv += ["--optimizer", "sgd", "--lr", "1e30", "--warmup", "0", "--schedule", "constant"]
+    with pytest.raises(SystemExit, match=r"in epoch 1, batch 2, identities \[\d, \d\]. What came before is saved"):
+        recipe("train").main(argv)
+    (checkpoint,) = recipe("train").checkpoints(tmp_path / "one")
+    assert torch.load(checkpoint, weights_only=True)["progress"]["batch"] == 1
+
+
+def test_accumulated_batches_make_one_step(recipe, tmp_path):
+    """Without BatchNorm and mining, the mean of two batches' gradients is that of one batch of both."""
+    options = ["--model", "mean_test_vit", "--criterion", "gltr", "--optimizer", "sgd", "--epochs", "2"]
+    for name, more in {"one": ["--identities", "4"], "two": ["--identities", "2", "--accumulate", "2"]}.items():
+        recipe("train").main([*MINIATURE, *options, *more, "--name", name, "--out", str(tmp_path)])
+    equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+def equal_runs(one, two):
+    """The same losses by epoch and weights."""
+    logs = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in (one, two)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    models = [temporal_agg.create_model(f"local-dir:{run}").state_dict() for run in (one, two)]
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value, rtol=1e-4, atol=2e-6)
+
+
+def test_stages_start_from_the_encoder_before(recipe, folder, tmp_path):
+    file = tmp_path / "stages.yaml"
+    stages = [{"model": "mean_resnet10t", "sampler": "frames", "batch-size": 4, "clip_length": 1, "epochs": 2}, {}]
+    file.write_text(json.dumps({"stages": stages, "lr": 0.01, "epochs": 0, "model": "gltr_resnet10t"}))
+    options = ["--config", str(file), "--data", f"folder:{folder}", "--name", "two", "--out", str(tmp_path)]
+    argv = [*MINIATURE[4:], *options, "--criterion", "gltr"]
+    argv.remove("--clip-length"), argv.remove("3")
+    recipe("train").main(argv)
+    first, last = (temporal_agg.create_model(f"local-dir:{tmp_path / d}") for d in ("two/stage1", "two"))
+    untrained = recipe("train").build_model("mean_resnet10t", settings_of(recipe, "--size", "32x16"))
+    weights = [model.encoder.state_dict()["backbone.conv1.0.weight"] for model in (first, last, untrained)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    log = (tmp_path / "two" / "stage1" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 2
+    assert (tmp_path / "two" / "log.jsonl").exists() is False  # no epoch, as asked for
 
 
 def gradients_of(rank, world, recipe_path, tmp_path):
@@ -163,17 +251,22 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(other_gradients, gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_two_processes_run_the_whole_recipe(tmp_path):
-    options = ["--model", "mean_resnet10t", "--epochs", "1", "--name", "two", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *MINIATURE, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "settings.json").read_text())["environment"]["processes"] == 2
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["queries"] > 0
+@pytest.mark.parametrize("sampler", ["identity", "pairs"])
+def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normalised(tmp_path, sampler):
+    options = ["--model", "attention_test_vit", "--sampler", sampler, "--batch-size", "4", "--epochs", "2"]
+    # SGD, since Adam divides by what may be rounding alone.
+    options += ["--optimizer", "sgd", "--lr", "0.05", "--out", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc_per_node", "2"]}
+    for name, more in launch.items():
+        command = [sys.executable, *more, str(SCRIPT), *MINIATURE, *options, "--name", name]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    settings = json.loads((tmp_path / "two" / "settings.json").read_text())
+    assert settings["environment"]["processes"] == 2
+    equal_runs(tmp_path / "one", tmp_path / "two")
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in launch]
+    assert metrics[0]["map"] == pytest.approx(metrics[1]["map"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -232,5 +325,84 @@ def test_yaml_is_overridden_by_the_command_line_and_unknown_keys_are_refused(rec
 def test_the_learning_rate_rises_and_falls(recipe):
     settings = settings_of(recipe, "--warmup", "0.2")
     factor = recipe("train").lr_factor
-    assert [factor(settings, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert factor(settings_of(recipe, "--schedule", "constant"), 0.9) == 1
+    epochs = [p * settings.epochs for p in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert [factor(settings, epoch) for epoch in epochs] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert factor(settings_of(recipe, "--schedule", "constant"), 36) == 1
+    steps = settings_of(recipe, "--schedule", "step", "--warmup", "0", "--step-epochs", "10")
+    assert [factor(steps, epoch) for epoch in (0, 9.9, 10, 25)] == pytest.approx([1, 1, 0.1, 0.01])
+    steps = settings_of(recipe, "--schedule", "step", "--warmup", "0", "--step-milestones", "4", "6")
+    assert [factor(steps, epoch) for epoch in (0, 3.9, 4, 30)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_learning_rates_and_decay_by_module(recipe):
+    train = recipe("train")
+    argv = ["--lr", "0.5", "--head-lr-factor", "2", "--lr-factors", "aggregator.score=3", "--weight-decay", "0.25"]
+    settings = settings_of(recipe, *argv, "--size", "32x16")
+    model = train.build_model("attention_resnet10t", settings)
+    criterion = temporal_agg.create_criterion("baseline", 4, model)
+
+    def by_name(settings):
+        groups = train.build_optimizer(settings, model, criterion).param_groups
+        of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        everything = [*model.named_parameters(), *criterion.named_parameters()]
+        assert len(of) == len(everything)
+        return {name: of[id(p)] for name, p in everything}
+
+    got = by_name(settings)
+    assert got["encoder.backbone.conv1.0.weight"] == (0.5, 0.25)
+    assert got["encoder.backbone.bn1.weight"] == (0.5, 0)
+    assert got["aggregator.score.weight"] == (1.5, 0.25)
+    assert got["classifier.weight"] == (1.0, 0.25)
+    assert by_name(settings_of(recipe, *argv, "--no-no-decay-norms"))["encoder.backbone.bn1.weight"] == (0.5, 0.25)
+
+
+MINIATURES = {  # a paper's settings on a benchmark in its authors' layout
+    "loga_mars": (make_mars, {}),
+    "star_duke": (make_duke, {}),
+    "gltr_ls-vid": (make_ls_vid, {}),
+    "gltr_released_mars": (make_mars, {}),
+    "fgra_ilids-vid": (make_ilids_vid, {}),
+    "grl_prid-2011": (make_prid2011, {"people": 4}),
+    "grl_released_mars": (make_mars, {}),
+}
+
+
+@pytest.mark.parametrize("config", MINIATURES)
+def test_every_paper_trains_end_to_end(recipe, tmp_path, config):
+    """Its own sampling, batches, optimizer, criterion and stages; a small backbone and small frames."""
+    make, options = MINIATURES[config]
+    root = make(tmp_path / "data", **options)
+    file = tmp_path / "small.yaml"
+    settings = recipe("train").read_config(SCRIPT.parent / "configs" / f"{config}.yaml")
+    small = {"pretrained": False, "size": "32x16", "epochs": 2, "workers": 0, "device": "cpu", "eval_untrained": False}
+    small |= {"base": str(SCRIPT.parent / "configs" / f"{config}.yaml"), "root": str(root), "out": str(tmp_path)}
+    small["data_options"] = {"cache": False} | ({} if "prid" in config else {"check_counts": False})
+    small["model"] = settings["model"].replace("resnet50.tv_in1k", "resnet10t")
+    if "split" in settings:
+        small["split"] = "3"
+    if "stages" in settings:
+        first = {**settings["stages"][0], "model": "mean_resnet10t", "epochs": 1}
+        small["stages"] = [first, *settings["stages"][1:]]
+    if settings.get("model_options", {}).get("flow"):
+        recipe("compute_flow").main(["--data", f"duke:{root}", "--data-options", "check_counts=false", "cache=false"])
+    file.write_text(yaml.safe_dump(small))
+    (results,) = recipe("train").main(["--config", str(file)]).values()
+    assert results[0]["criterion"] == settings["criterion"]
+    assert 0 < results[0]["map"] <= 1
+    (run,) = [path for path in tmp_path.iterdir() if (path / "metrics.json").exists()]
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+    assert (run / "stage1" / "metrics.json").exists() == ("stages" in settings)
+
+
+def test_half_precision_and_recomputed_activations(recipe, tmp_path):
+    """bfloat16 moves the losses by its rounding, computing activations twice not at all."""
+    losses = {}
+    for name, more in {"plain": [], "twice": ["--grad-checkpointing"], "half": ["--mixed-precision", "bf16"]}.items():
+        argv = [*MINIATURE, "--model", "mean_resnet18", "--epochs", "2", "--warmup", "0", "--no-eval-untrained"]
+        argv += [*more, "--name", name, "--out", str(tmp_path)]
+        # accelerate fixes the precision for the rest of a process.
+        subprocess.run([sys.executable, str(SCRIPT), *argv], check=True, capture_output=True)
+        losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()]
+    assert losses["twice"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["half"] == pytest.approx(losses["plain"], rel=0.1)
+    assert losses["half"] != losses["plain"]
