@@ -634,7 +634,7 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
 
 
 def hash_seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

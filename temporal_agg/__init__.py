@@ -1,6 +1,7 @@
 """Temporal aggregators for video person re-identification, over the frame features of any timm backbone."""
 
 from . import data, losses, plot, retrieval
+from ._version import __version__ as __version__
 from .aggregators import (
     Aggregator,
     ClipConfig,
@@ -17,11 +18,9 @@ from .aggregators.loga import GCQ, LAQ, LOGA
 from .data import Tracklet
 from .inference import embed_tracklets
 from .losses import create_criterion, list_criteria
-from .models import FrameEncoder, TrackletModel, create_model, list_models
+from .models import FrameEncoder, TrackletModel, create_model, list_models, load_weights
 from .models.star import LSTA
-from .retrieval import evaluate
-
-__version__ = "0.1.0"
+from .retrieval import evaluate, rerank
 
 __all__ = [
     "DTP",
@@ -57,8 +56,10 @@ __all__ = [
     "list_aggregators",
     "list_criteria",
     "list_models",
+    "load_weights",
     "losses",
     "plot",
     "register_aggregator",
+    "rerank",
     "retrieval",
 ]

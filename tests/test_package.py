@@ -21,7 +21,9 @@ def test_the_wheel_is_whole(tmp_path):
         (metadata,) = (name for name in names if name.endswith("METADATA"))
         lines = archive.read(metadata).decode().splitlines()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "temporal_agg").rglob("*.py")}
-    assert modules | {"temporal_agg/py.typed"} == {name for name in names if name.startswith("temporal_agg/")}
+    assert modules | {"temporal_agg/py.typed", "temporal_agg/models/manifest.json"} == {
+        name for name in names if name.startswith("temporal_agg/")
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = {
         line.split(": ")[1].split(">")[0] for line in lines if line.startswith("Requires-Dist") and ";" not in line

@@ -4,17 +4,21 @@ import dataclasses
 import difflib
 import fnmatch
 import inspect
+import logging
 import os
 
 import timm
 
 from ..aggregators.registry import ClipConfig, aggregator_options, create_aggregator, list_aggregators, registry_entry
-from . import hub
+from . import hub, manifest
 from .encoder import FrameEncoder, check_backbone_name
 from .star import StarEncoder
 from .tracklet import TrackletModel
+from .weights import load_weights
 
 __all__ = ["create_model", "list_models"]
+
+_log = logging.getLogger(__name__)
 
 # Prefixes that are no aggregator's name: encoder and aggregator.
 _PREFIXES = {"star": (StarEncoder, "gsta")}
@@ -34,6 +38,7 @@ def create_model(
     name: str,
     pretrained: bool = False,
     *,
+    pretrained_tag: str | None = None,
     backbone_pretrained: bool = False,
     checkpoint_path: str | os.PathLike | None = None,
     revision: str | None = None,
@@ -42,29 +47,38 @@ def create_model(
 ) -> TrackletModel:
     """Builds a model by name.
 
-    Nothing is downloaded unless ``pretrained``, ``backbone_pretrained`` or an ``hf-hub:`` name asks for it.
+    Nothing is downloaded unless ``pretrained``, ``backbone_pretrained`` or an ``hf-hub:`` name asks for it, and the
+    backbone's weights never where full weights follow.
 
     Args:
         name: ``<aggregator>_<timm model>[.<weights>]``, such as ``gltr_convnext_tiny``: any of
             :func:`list_aggregators` or ``star``, before any timm model that gives maps; or a saved model,
             ``local-dir:<path>`` or ``hf-hub:<owner>/<repo>[@<revision>]``.
-        pretrained: load the weights that were released for this name.
+        pretrained: load the weights that were released for this name, with the options and the preprocessing that they
+            were trained with, where ``kwargs`` do not say otherwise. Their checksum is checked. Weights that are only
+            planned are looked for on the Hub all the same.
+        pretrained_tag: which of them; also behind the name, as in ``loga_resnet50.mars``. None = the first in the
+            manifest.
         backbone_pretrained: load timm's weights into the backbone. Nothing to do where full weights are loaded.
         checkpoint_path: load these weights: a ``.safetensors`` file, or a directory that ``save_pretrained`` wrote.
-        revision: for ``hf-hub:`` names: a branch, tag or commit.
+        revision: for ``hf-hub:`` names and ``pretrained``: a branch, tag or commit.
         cache_dir: where downloads are kept; None = where huggingface_hub keeps them.
         **kwargs: options of the encoder (see :class:`FrameEncoder`, :class:`StarEncoder`) and of the aggregator;
             ``clip``: a :class:`ClipConfig`, or a dict of those of its fields that differ from the aggregator's default.
             ``last_stride`` defaults to what the aggregator's paper uses, where the backbone has one.
 
     Returns:
-        The model, on the CPU; saved models in evaluation mode, new ones in training mode.
+        The model, on the CPU; ``pretrained`` and saved models in evaluation mode, new ones in training mode.
 
     Raises:
         ValueError: an unknown aggregator, backbone or source (the message has the nearest names), weights that do not
-            fit, or ``pretrained`` where no weights have been released.
+            fit or have another checksum, or ``pretrained`` where none are released or planned.
         TypeError: an unknown option (the message lists those there are).
+        FileNotFoundError: planned weights that have not been released yet (the message says what to do meanwhile), and
+            what :meth:`TrackletModel.from_pretrained` does not find.
     """
+    if pretrained_tag is not None and not pretrained:
+        raise ValueError(f"pretrained_tag={pretrained_tag!r} goes with pretrained=True only.")
     if name.startswith(("hf-hub:", "local-dir:")):
         if kwargs or pretrained or backbone_pretrained or checkpoint_path is not None:
             raise TypeError(f"{name!r} comes with its weights and options: pass the name, revision and cache_dir only.")
@@ -74,19 +88,14 @@ def create_model(
             f"{name!r} is not the name of a model: use 'hf-hub:<owner>/<repo>' for one on the Hub, 'local-dir:<path>' "
             "for a directory, or '<aggregator>_<timm model>' for a new one."
         )
-    if revision is not None:
-        raise ValueError(f"revision goes with hf-hub: names only, got revision={revision!r} for {name!r}.")
-    source = None
+    if revision is not None and not pretrained:
+        raise ValueError(f"revision goes with hf-hub: names and pretrained, got revision={revision!r} for {name!r}.")
+    weights = None
     if pretrained:
         if checkpoint_path is not None:
             raise ValueError("pretrained=True and checkpoint_path both name full weights: pass one of them.")
-        if name not in hub.RELEASED:
-            raise ValueError(
-                f"no weights have been released for {name!r} (released: {', '.join(hub.RELEASED) or 'none'}). Use "
-                "backbone_pretrained=True to start from timm's backbone weights, or checkpoint_path=... for your own."
-            )
-        source = "hf-hub:" + hub.RELEASED[name]
-        name = name.partition(".")[0]
+        weights = manifest.find(name, pretrained_tag)
+        name = weights.name.partition(".")[0]
 
     prefix, backbone = _split(name)
     encoder_class, aggregator_name = _PREFIXES.get(prefix, (FrameEncoder, prefix))
@@ -100,28 +109,31 @@ def create_model(
             f"model {name!r} has no option {', '.join(unknown)}. Its encoder has: {', '.join(encoder_options)}; its "
             f"aggregator: {', '.join(options) or 'none'}; and there is clip."
         )
+    clip = kwargs.get("clip")
+    _check_clip(clip)
+    if weights is not None:
+        return _load_released(weights, revision, cache_dir, kwargs)
 
-    full = source is not None or checkpoint_path is not None
     encoder = encoder_class(
         backbone,
-        pretrained=backbone_pretrained and not full,
+        pretrained=backbone_pretrained and checkpoint_path is None,
         **{k: v for k, v in kwargs.items() if k in encoder_options},
     )
     entry = registry_entry(aggregator_name)
     if entry.last_stride == 1 and kwargs.get("last_stride") is None and encoder.has_last_stride:
         encoder.remove_last_stride()
-    clip = kwargs.get("clip")
     length = clip.get("length") if isinstance(clip, dict) else getattr(clip, "length", None)
     if "clip_length" in options and length is not None:
         kwargs.setdefault("clip_length", length)  # clips of another length want an aggregator built for them
     aggregator = create_aggregator(
         aggregator_name, encoder.num_features, **{k: v for k, v in kwargs.items() if k in options}
     )
-    model = TrackletModel(encoder, aggregator, _clip(clip, entry.clip, aggregator.clip_length))
-    if source is not None:
-        checkpoint_path = hub.resolve_directory(source, None, cache_dir)
+    if isinstance(clip, dict):
+        length = {} if aggregator.clip_length is None else {"length": aggregator.clip_length}
+        clip = dataclasses.replace(entry.clip, **{**length, **clip})
+    model = TrackletModel(encoder, aggregator, clip)
     if checkpoint_path is not None:
-        hub.load_weights(model, checkpoint_path)
+        load_weights(model, checkpoint_path)
     return model
 
 
@@ -130,9 +142,9 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
 
     Args:
         pattern: such as ``"gltr_*"``.
-        pretrained: only those with released weights.
+        pretrained: only the names of released weights, such as ``loga_resnet50.mars``; planned ones are no such names.
     """
-    names = set(hub.RELEASED)
+    names = {weights.name for weights in manifest.read().values() if weights.released}
     if not pretrained:
         names |= {f"{a}_{b}" for a in list_aggregators() for b in _BACKBONES}
         names |= {f"{p}_{b}" for p in _PREFIXES for b in _STAR_BACKBONES}
@@ -158,11 +170,33 @@ def _split(name: str) -> tuple[str, str]:
     )
 
 
-def _clip(clip: ClipConfig | dict | None, default: ClipConfig, length: int | None) -> ClipConfig | None:
-    if not isinstance(clip, dict):
-        return clip
+def _check_clip(clip: ClipConfig | dict | None) -> None:
     fields = [f.name for f in dataclasses.fields(ClipConfig)]
-    unknown = sorted(set(clip) - set(fields))
+    unknown = sorted(set(clip) - set(fields)) if isinstance(clip, dict) else []
     if unknown:
         raise TypeError(f"clip has no field {', '.join(unknown)}; it has: {', '.join(fields)}.")
-    return dataclasses.replace(default, **{**({} if length is None else {"length": length}), **clip})
+
+
+def _load_released(
+    weights: manifest.Weights, revision: str | None, cache_dir: str | os.PathLike | None, kwargs: dict
+) -> TrackletModel:
+    """The model of an entry of the manifest, with the options that it was trained with, but for ``kwargs``."""
+    sha256 = weights.sha256 if revision in (None, weights.revision) else None
+    try:
+        directory = hub.download(weights.repo, revision or weights.revision, cache_dir, sha256)
+    except (ConnectionError, FileNotFoundError) as error:
+        if weights.released:
+            raise
+        raise FileNotFoundError(
+            f"the weights {weights.name} are planned and had not been released when this version of temporal-agg was; "
+            f"they will be at {weights.repo} on the Hub ({error}) Until then: backbone_pretrained=True starts from "
+            f"timm's backbone weights, checkpoint_path=... loads your own, and `{weights.command}` trains them."
+        ) from error
+    if not weights.released:
+        _log.warning("%s is on the Hub, but not in this version's manifest: update temporal-agg.", weights.name)
+    config = hub.read_config(directory / hub.CONFIG)
+    if config["architecture"].partition(".")[0] != weights.name.partition(".")[0]:
+        raise ValueError(f"{weights.repo} holds a {config['architecture']}, expected {weights.name}: report it.")
+    model = hub.build(TrackletModel, directory / hub.CONFIG, **{k: v for k, v in kwargs.items() if v is not None})
+    load_weights(model, directory)
+    return model.eval()

@@ -42,7 +42,7 @@ def rerank(
     Args:
         queries: ``[Q, D]``, of any real type; numpy, or torch on any device.
         gallery: ``[G, D]``, of the same kind and on the same device.
-        k1: length of the lists of neighbours. At equal distance queries come before the gallery, and lower indices first.
+        k1: length of the lists of neighbours. At equal distance queries come before the gallery, lower indices first.
         k2: an encoding is averaged over its k2 nearest, itself included; 1: it is not.
         lambda_value: weight of the original distance, from 0 (the Jaccard distance alone) to 1.
         chunk_size: distances are computed in blocks of so many rows and columns.

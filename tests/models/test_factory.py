@@ -7,7 +7,7 @@ import torch
 
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.aggregators.registry import aggregator_options
-from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model, hub, list_models
+from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model, list_models
 
 SIZE = (64, 32)
 
@@ -108,22 +108,6 @@ def test_unknown_options_are_refused():
 def test_unknown_names_get_help(name, message):
     with pytest.raises(ValueError, match=message):
         create_model(name)
-
-
-def test_released_weights(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no weights have been released .*backbone_pretrained=True .*checkpoint_path"):
-        create_model("mean_test_resnet", pretrained=True)
-    assert list_models(pretrained=True) == []
-    torch.manual_seed(0)
-    want = create_model("mean_test_resnet", img_size=SIZE)
-    want.save_pretrained(tmp_path)
-    monkeypatch.setitem(hub.RELEASED, "mean_test_resnet.mars", "owner/name@v1")
-    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(tmp_path / name))
-    got = create_model("mean_test_resnet.mars", pretrained=True, img_size=SIZE)
-    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
-    assert list_models(pretrained=True) == ["mean_test_resnet.mars"]
-    with pytest.raises(ValueError, match="one of them"):
-        create_model("mean_test_resnet.mars", pretrained=True, checkpoint_path=tmp_path)
 
 
 def test_checkpoints_load_without_backbone_weights(tmp_path, offline):

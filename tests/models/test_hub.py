@@ -1,14 +1,25 @@
+"""Models to and from directories and, by huggingface_hub's own client, a Hub on this machine."""
+
+import contextlib
+import hashlib
+import inspect
 import json
+import socket
 
 import pytest
 import safetensors.torch
+import timm
 import torch
+from hub_client import Client, ClientError
 
-from temporal_agg.aggregators import ClipConfig, create_aggregator
+import temporal_agg
+from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.aggregators.pooling import Mean
-from temporal_agg.models import FrameEncoder, TrackletModel, create_model, hub
+from temporal_agg.aggregators.registry import aggregator_options
+from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model, hub, manifest
 
 SIZE = (64, 32)
+ENCODER = {"type": "frame", "backbone": "test_resnet", "last_stride": None, "img_size": SIZE, "backbone_kwargs": {}}
 
 
 @pytest.fixture
@@ -43,6 +54,68 @@ def test_config_says_how_to_build_it(saved):
     assert config["clip"]["length"] == 3
     assert set(config["versions"]) == {"temporal_agg", "timm", "torch"}
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_say_what_they_are_and_equal_models_are_equal_files(model, saved, tmp_path):
+    with safetensors.safe_open(saved / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata.pop("torch") == torch.__version__
+    assert metadata == {
+        "architecture": "lstm_test_resnet",
+        "format": "pt",
+        "library": "temporal_agg",
+        "temporal_agg": temporal_agg.__version__,
+        "timm": timm.__version__,
+    }
+    first = (saved / "model.safetensors").read_bytes()
+    for _ in range(3):
+        model.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", list_aggregators())
+def test_every_argument_of_an_aggregator_is_in_the_config_and_comes_back(name):
+    encoder = FrameEncoder("test_resnet", img_size=SIZE)
+    model = TrackletModel(encoder, create_aggregator(name, encoder.num_features))
+    config = json.loads(json.dumps(hub.describe(model)))["aggregator"]
+    assert set(config) == {"name", "in_features", *aggregator_options(name)}
+    again = create_aggregator(**config).state_dict()
+    assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in model.aggregator.state_dict().items()}
+
+
+@pytest.mark.parametrize("cls", [FrameEncoder, StarEncoder])
+def test_every_argument_of_an_encoder_is_in_the_config(cls, tmp_path):
+    encoder = cls("test_resnet", img_size=SIZE)
+    arguments = set(inspect.signature(cls).parameters) - {"pretrained", "grad_checkpointing"}
+    assert set(encoder.config) == arguments
+    model = TrackletModel(encoder, create_aggregator("mean", 96))
+    del encoder.config["img_size"]
+    with pytest.raises(ValueError, match=r"would not say all .*encoder\.img_size"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_new_argument_has_its_place_among_those_that_older_configs_leave_out():
+    """Fails when an aggregator gets one: then raise hub.FORMAT, and put it into hub.LEFT_OUT with its default."""
+    assert set(hub.LEFT_OUT) == set(range(1, hub.FORMAT))
+    for name in list_aggregators():
+        said = [argument for row in hub.LEFT_OUT.values() for argument in row.get(name, {})]
+        assert sorted(said) == sorted(aggregator_options(name))
+
+
+def test_what_an_older_format_left_out_has_the_value_that_it_then_had(saved, monkeypatch):
+    config = json.loads((saved / "config.json").read_text())
+    edit(saved, format=1, aggregator={"name": "gltr", "in_features": 96, "embed_features": 16})
+    expected = {"branches": 3, "pyramid": "dilated", "normalize": "softmax", "dtp": True, "tsa": True}
+    assert hub.read_config(saved / "config.json")["aggregator"].items() >= expected.items()
+    # A later version: its lstm has 7 features by default, and its format has one more row.
+    monkeypatch.setattr(hub, "FORMAT", 3)
+    monkeypatch.setitem(hub.LEFT_OUT, 2, {"frame": {"last_stride": 1}, "lstm": {"hidden_features": 7}})
+    del config["encoder"]["last_stride"], config["aggregator"]["hidden_features"]
+    edit(saved, **config)
+    read = hub.read_config(saved / "config.json")
+    assert (read["encoder"]["last_stride"], read["aggregator"]["hidden_features"]) == (1, 7)
+    edit(saved, format=1, encoder=config["encoder"], aggregator={"name": "lstm", "in_features": 96})
+    assert hub.read_config(saved / "config.json")["aggregator"]["hidden_features"] == 512
 
 
 def test_loaded_options_and_preprocessing_are_those_saved(saved):
@@ -97,14 +170,6 @@ def test_weights_must_fit(model, saved, tmp_path):
         TrackletModel.from_pretrained(saved)
 
 
-def test_only_safetensors_is_loaded(model, tmp_path):
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"only \.safetensors"):
-        hub.load_weights(model, tmp_path / "model.pt")
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        hub.load_weights(model, tmp_path)
-
-
 def test_models_built_by_hand_say_how_to_build_them(model, tmp_path):
     backbone = FrameEncoder("test_resnet", img_size=SIZE).backbone
     by_hand = TrackletModel(FrameEncoder(backbone, img_size=SIZE), create_aggregator("mean", 96))
@@ -121,12 +186,14 @@ def test_models_built_by_hand_say_how_to_build_them(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "of format 1, got format 2"),
+        ({"format": 3}, r"of format 1 to 2, got format 3: .*newer version .*pip install -U"),
         ({"format": None}, "another library"),
         ({"unknown": 1}, r"unknown keys: \['unknown'\]"),
         ({"encoder": {"type": "other"}}, "unknown encoder type 'other'"),
-        ({"encoder": {"type": "frame", "backbone": "test_resnet", "new": 1}}, "does not fit this version .*new"),
-        ({"aggregator": {"name": "lstm", "in_features": 96, "new": 1}}, "no option new"),
+        ({"encoder": {**ENCODER, "new": 1}}, "does not fit this version .*new"),
+        ({"encoder": {"type": "frame", "backbone": "test_resnet"}}, r"encoder\.last_stride, encoder\.img_size"),
+        ({"aggregator": {"name": "lstm", "in_features": 96, "hidden_features": 8, "new": 1}}, "no option new"),
+        ({"aggregator": {"name": "lstm", "in_features": 96}}, r"aggregator\.hidden_features is missing"),
         ({"aggregator": {"name": "lstn", "in_features": 96}}, "did you mean 'lstm'"),
         ({"clip": {"new": 1}}, "does not fit this version .*new"),
     ],
@@ -160,17 +227,234 @@ def test_a_config_cannot_ask_for_downloads(saved, monkeypatch):
     assert asked == [False]
 
 
-def test_hub_names(saved, monkeypatch):
-    asked = []
-
-    def download(repo, name, *, revision, cache_dir):
-        asked.append((repo, name, revision, cache_dir))
-        return str(saved / name)
-
-    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", download)
-    assert create_model("hf-hub:owner/name@v1", cache_dir="there").num_features == 8
-    assert asked == [("owner/name", file, "v1", "there") for file in ("config.json", "model.safetensors")]
-    TrackletModel.from_pretrained("hf-hub:owner/name", revision="v2")
-    assert asked[-1] == ("owner/name", "model.safetensors", "v2", None)
+def test_two_revisions_are_one_too_many():
     with pytest.raises(ValueError, match="two revisions"):
         create_model("hf-hub:owner/name@v1", revision="v2")
+
+
+def test_released_weights_bring_their_options(tmp_path, monkeypatch):
+    """Which the caller's options replace."""
+
+    def refuse(self, address):
+        raise AssertionError(f"tried to connect to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    saved = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    create_model(
+        "lstm_test_resnet", img_size=SIZE, hidden_features=8, last_stride=1, clip={"length": 3}
+    ).save_pretrained(saved)
+    edit(saved, data_config={"input_size": [3, *SIZE], "mean": [0.1] * 3, "std": [1] * 3, "interpolation": "bilinear"})
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(saved / name))
+    make_manifest(tmp_path, monkeypatch, sha256=hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest())
+    model = create_model("lstm_test_resnet", pretrained=True)
+    assert not model.training
+    assert (model.num_features, model.clip.length, model.encoder.config["last_stride"]) == (8, 3, 1)
+    assert model.data_config["mean"] == (0.1, 0.1, 0.1)
+    model = create_model(
+        "lstm_test_resnet",
+        pretrained=True,
+        img_size=(32, 32),
+        last_stride=2,
+        clip={"stride": 1},
+        backbone_kwargs={"drop_path_rate": 0.1},
+    )
+    assert model.data_config["input_size"] == (3, 32, 32)
+    assert model.data_config["mean"] == (0.1, 0.1, 0.1)
+    assert model.encoder.config["backbone_kwargs"] == {"drop_path_rate": 0.1}
+    assert (model.clip.length, model.clip.stride, model.encoder.config["last_stride"]) == (3, 1, None)
+    with pytest.raises(ValueError, match="of another shape"):
+        create_model("lstm_test_resnet", pretrained=True, hidden_features=9)
+    edit(saved, architecture="max_test_resnet")
+    with pytest.raises(ValueError, match=r"holds a max_test_resnet, expected lstm_test_resnet\.mars"):
+        create_model("lstm_test_resnet", pretrained=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# With a Hub. Its clients are processes of their own; names that one snippet sets, the next one has.
+
+BUILD = """
+import os, torch
+import temporal_agg
+from temporal_agg.models import TrackletModel, create_model, manifest
+def build(seed, name="mean_test_resnet"):
+    torch.manual_seed(seed)
+    return create_model(name, img_size=(64, 32)).eval()
+def same(a, b):
+    b = b.state_dict()
+    return all(torch.equal(v, b[k]) for k, v in a.state_dict().items())
+"""
+
+
+def make_manifest(directory, monkeypatch=None, name="lstm_test_resnet.mars", repo="a/b", **values):
+    path = directory / f"{name}.json"
+    path.write_text(json.dumps({"owner": "somebody", "weights": {}}))
+    entry = dict.fromkeys(("revision", "size", "licence", "metrics"))
+    entry |= {
+        "sha256": None,
+        "training_data": "d",
+        "training_data_licence": "l",
+        "protocol": "p",
+        "command": "train it",
+    }
+    manifest.write(manifest.Weights(name, **{"released": True, "repo": repo, **entry, **values}), path)
+    if monkeypatch:
+        monkeypatch.setattr(manifest, "PATH", path)
+    return str(path)
+
+
+@pytest.fixture
+def client(hub_client, hub_server):
+    if not hub_client.run("result = 'build' in globals()"):
+        hub_client.run(BUILD)
+    hub_server.log.clear()
+    return hub_client
+
+
+@pytest.fixture
+def with_manifest(client, tmp_path):
+    """Gives the client a manifest of one entry."""
+    packaged = client.run("result = str(manifest.PATH)")
+    use = "from pathlib import Path; manifest.PATH = Path(path)"
+    yield lambda **values: client.run(use, path=make_manifest(tmp_path, **values))
+    client.run(use, path=packaged)
+
+
+def test_pushed_models_load_by_every_scheme(client, hub_server, tmp_path):
+    first = client.run("one = build(1); result = one.push_to_hub('me/model')")
+    second = client.run("two = build(2); result = two.push_to_hub('me/model', commit_message='better')")
+    dev = client.run("three = build(3); result = three.push_to_hub('me/model', revision='dev')")
+    assert hub_server.repos["me/model"]["refs"] == {"main": second, "dev": dev}
+    for expression, expected in (
+        ("create_model('hf-hub:me/model')", "two"),
+        (f"create_model('hf-hub:me/model@{first}')", "one"),
+        ("create_model('hf-hub:me/model', revision='dev')", "three"),
+        ("TrackletModel.from_pretrained('hf-hub:me/model@dev')", "three"),
+        (f"create_model('hf-hub:me/model', cache_dir={str(tmp_path / 'cache')!r})", "two"),
+    ):
+        assert client.run(f"got = {expression}; result = same(got, {expected}) and not got.training"), expression
+    (directory,) = (tmp_path / "cache").glob(f"models--me--model/snapshots/{second}")
+    assert client.run(f"result = same(create_model('local-dir:{directory}'), two)")
+
+
+def test_what_is_not_there_is_said(client, hub_server):
+    hub_server.add("me/empty", {"README.md": b"x"})
+    hub_server.add("me/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    for name, kind, message in (
+        ("me/none", "FileNotFoundError", f"{hub_server.url}/me/none does not exist, or is private"),
+        ("me/empty@v9", "FileNotFoundError", "has no revision 'v9'"),
+        ("me/empty", "FileNotFoundError", "has no config.json: it is no model that save_pretrained wrote"),
+        ("me/pickled", "FileNotFoundError", "has no model.safetensors"),
+    ):
+        with pytest.raises(ClientError, match=message) as caught:
+            client.run(f"create_model('hf-hub:{name}')")
+        assert kind in caught.value.kinds
+
+
+def test_private_and_gated_repositories_want_a_token(client, hub_server):
+    client.run("build(1).push_to_hub('me/private', private=True)")
+    client.run("build(1).push_to_hub('me/gated')")
+    assert hub_server.repos["me/private"]["private"]
+    hub_server.repos["me/gated"]["gated"] = True
+    client.run("token = os.environ.pop('HF_TOKEN')")
+    try:
+        with pytest.raises(ClientError, match=r"is private: .*HF_TOKEN"):
+            client.run("create_model('hf-hub:me/private')")
+        with pytest.raises(ClientError, match=r"me/gated is gated: ask for access there") as caught:
+            client.run("create_model('hf-hub:me/gated')")
+        assert "PermissionError" in caught.value.kinds
+        with pytest.raises(ClientError, match="401"):
+            client.run("build(1).push_to_hub('me/gated')")
+        client.run("build(4).push_to_hub('me/private', token=token)")
+    finally:
+        client.run("os.environ['HF_TOKEN'] = token")
+    assert client.run("result = same(create_model('hf-hub:me/private'), build(4))")
+    assert client.run("result = same(create_model('hf-hub:me/gated'), build(1))")
+
+
+def test_an_upload_that_failed_is_repeated_without_sending_the_weights_again(client, hub_server):
+    hub_server.refuse_commits = 1
+    with pytest.raises(ClientError, match="no more today"):
+        client.run("five = build(5); five.push_to_hub('me/again')")
+    assert hub_server.repos["me/again"]["commits"].popitem()[1] == {}  # nothing is there by half
+    client.run("five.push_to_hub('me/again')")
+    assert len(hub_server.asked("PUT", "/blobs/")) == 1
+    assert client.run("result = same(create_model('hf-hub:me/again'), five)")
+
+
+def test_a_download_that_broke_off_goes_on_where_it_was(client, hub_server):
+    # Of more than 10 MB, which the client writes at a time. Older clients want a second call.
+    client.run("big = build(6, 'mean_resnet10t'); big.push_to_hub('me/big')")
+    hub_server.cut = 1
+    with contextlib.suppress(ClientError):
+        client.run("got = create_model('hf-hub:me/big')")
+    client.run("got = create_model('hf-hub:me/big')")
+    assert client.run("result = same(got, big)")
+    ranges = [entry[2] for entry in hub_server.asked("GET", "/blobs/")]
+    assert ranges == [None, "bytes=10485760-"]
+
+
+def test_released_weights_are_checked_and_no_backbone_is_asked_for(client, hub_server, with_manifest, tmp_path):
+    commit = client.run("seven = build(7); result = seven.push_to_hub('me/seven')")
+    content = hub_server.repos["me/seven"]["commits"][commit]["model.safetensors"]
+    sha256 = hashlib.sha256(content).hexdigest()
+    with_manifest(name="mean_test_resnet.mars", repo="me/seven", revision=commit, sha256=sha256)
+    client.run("build(8).push_to_hub('me/seven')")  # main is something else now
+    hub_server.log.clear()
+
+    hub_server.corrupt = True
+    with pytest.raises(ClientError, match=rf"model\.safetensors is not the file .*expected {sha256}") as caught:
+        client.run("create_model('mean_test_resnet', pretrained=True)")
+    with pytest.raises(ClientError, match="is not the file that was released"):  # known for this commit
+        client.run(f"create_model('hf-hub:me/seven@{commit}')")
+    hub_server.corrupt = False
+    client.run("os.remove(blob)", blob=str(caught.value).partition("Delete ")[2].partition(" and load")[0])
+    load = "got = create_model('mean_test_resnet', True, pretrained_tag='mars', backbone_pretrained=True)"
+    assert client.run(f"{load}; result = same(got, seven) and not got.training")
+    local = "create_model('mean_test_resnet', checkpoint_path=there, backbone_pretrained=True, img_size=(64, 32))"
+    client.run(f"got.save_pretrained(there); {local}", there=str(tmp_path / "saved"))
+    assert {path.split("/")[1] for _, path, _ in hub_server.log} == {"me", "blobs"}
+    # The log would show it: without full weights timm asks for its own.
+    with pytest.raises(ClientError):
+        client.run("create_model('mean_test_resnet', backbone_pretrained=True)")
+    assert hub_server.asked("HEAD", "/timm/test_resnet")
+
+    assert client.run("result = same(create_model('mean_test_resnet', True, revision='main'), build(8))")
+
+
+def test_planned_weights_work_from_the_moment_that_they_are_uploaded(client, hub_server, with_manifest):
+    with_manifest(name="mean_test_resnet.mars", repo="me/planned", released=False)
+    assert client.run("result = temporal_agg.list_models(pretrained=True)") == []
+    message = (
+        r"planned and had not been released .*they will be at me/planned .*does not exist.*"
+        r"backbone_pretrained=True .*checkpoint_path=.*`train it`"
+    )
+    with pytest.raises(ClientError, match=message) as caught:
+        client.run("create_model('mean_test_resnet', pretrained=True)")
+    assert "FileNotFoundError" in caught.value.kinds
+    assert hub_server.asked("HEAD", "/me/planned/resolve/main/config.json")
+    client.run("build(9).push_to_hub('me/planned')")
+    assert client.run("result = same(create_model('mean_test_resnet.mars', pretrained=True), build(9))")
+
+
+def test_offline_there_is_what_was_loaded_before(client, hub_server, hub_home, tmp_path):
+    commit = client.run("result = build(10).push_to_hub('me/warm')")
+    client.run("create_model('hf-hub:me/warm')")
+    path = make_manifest(tmp_path, name="mean_test_resnet.mars", repo="me/warm", revision=commit)
+    planned = make_manifest(tmp_path, name="mean_test_resnet.duke", repo="me/cold", released=False)
+    hub_server.log.clear()
+    offline = Client(hub_server, hub_home, HF_HUB_OFFLINE="1")
+    try:
+        offline.run(BUILD)
+        assert offline.run("result = same(create_model('hf-hub:me/warm'), build(10))")
+        assert offline.run(f"result = same(create_model('hf-hub:me/warm@{commit}'), build(10))")
+        use = "from pathlib import Path; manifest.PATH = Path(path)\n"
+        load = "result = same(create_model('mean_test_resnet', pretrained=True), build(10))"
+        assert offline.run(use + load, path=path)
+        with pytest.raises(ClientError, match=r"me/cold is not in the cache, and .* could not be reached") as caught:
+            offline.run("create_model('hf-hub:me/cold')")
+        assert "ConnectionError" in caught.value.kinds
+        with pytest.raises(ClientError, match=r"planned .*they will be at me/cold .*not in the cache"):
+            offline.run(use + load, path=planned)
+    finally:
+        offline.close()
+    assert hub_server.log == []
