@@ -1,17 +1,26 @@
-"""What aggregators cost: milliseconds and peak memory, against their papers' formulas taken literally.
+"""What aggregators and retrieval cost: milliseconds and peak memory, against the papers' formulas taken literally.
 
     python recipes/benchmark.py aggregators                                      # all of them; maps of 256x128 frames
     python recipes/benchmark.py aggregators --names gsta,grl --device cuda --dtype bfloat16 --out bench.json
     python recipes/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
     python recipes/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
+    python recipes/benchmark.py retrieval                                        # at the sizes of MARS and LS-VID
+    python recipes/benchmark.py retrieval --structure random --skip-dense --device cuda
 
-Forward is in evaluation mode without gradients; forward + backward in training mode, with gradients for the maps and
-all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/literal.py) and of mean
-pooling alternate, so that a busy machine is busy for all of them. Half precision is autocast, on maps of that type.
+aggregators: forward is in evaluation mode without gradients; forward + backward in training mode, with gradients for
+the maps and all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/literal.py) and
+of mean pooling alternate, so that a busy machine is busy for all of them. Half precision is autocast, on maps of that
+type.
 
 The backbone runs on one batch of --batch x --frames frames, and the share compares time per frame: LOGA takes clips of
 ten frames whatever --frames says. Where the maps asked for need it, the stride of a ResNet's last stage is removed.
 Systems are compared with mean pooling behind the same backbone at the same stride; STAR gets optical flow.
+
+retrieval: Euclidean distances, evaluation, and re-ranking from the embeddings on, against plain numpy on the CPU
+(recipes/literal_retrieval.py), whose runs alternate with ours in the same way. "argsort" is np.argsort of all rows,
+with which a plain evaluation begins; "columns" is the re-ranking in the memory order of its authors' code. Embeddings
+are random: clustered, an identity's centre with noise of 3 times its spread (at 2048 dimensions and the sizes of MARS
+mAP is near 75%); or without any structure, where rankings have hubs, items that are near to very many.
 
 Peak memory is what a call adds to what was there before it (parameters, inputs); gradients count. On a GPU it is what
 torch allocates; on a CPU (Linux only) how much the resident memory of a fresh process grows, to about 1 MB.
@@ -27,14 +36,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import literal
+import literal_retrieval
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
 import temporal_agg
+from temporal_agg import retrieval
 from temporal_agg.aggregators import create_aggregator, list_aggregators
 
 MODES = {"forward": False, "forward + backward": True}
@@ -77,8 +90,20 @@ class Work:
         return output
 
 
-def build(what: str, name: str, args: argparse.Namespace) -> Work:
-    """``what``: an aggregator, its literal form, a backbone, or a whole model."""
+class Call:
+    """Work without a module."""
+
+    def __init__(self, call: Callable):
+        self.run = call
+
+    def prepare(self, train: bool) -> None:
+        pass
+
+
+def build(what: str, name: str, args: argparse.Namespace) -> Work | Call:
+    """``what``: an aggregator, its literal form, a backbone, a whole model, or a step of retrieval."""
+    if what == "retrieval":
+        return build_retrieval(name, args)
     torch.manual_seed(0)
     size = image_size(args)
     inputs = {"device": args.device, "dtype": getattr(torch, args.dtype)}
@@ -123,7 +148,7 @@ def changed(args: argparse.Namespace, **values) -> argparse.Namespace:
 # Time and memory
 
 
-def milliseconds(works: dict[str, Work], train: bool, args: argparse.Namespace) -> dict[str, list[float]]:
+def milliseconds(works: dict[str, Work | Call], train: bool, args: argparse.Namespace) -> dict[str, list[float]]:
     """Every work ``repeats`` times, in turns, after one run to warm up."""
     times = {key: [] for key in works}
     for repeat in range(args.repeats + 1):
@@ -143,9 +168,9 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(cases: list[Case]) -> list[dict[str, float | None]]:
+def peak_memory(cases: list[Case], modes: dict[str, bool] = MODES) -> list[dict[str, float | None]]:
     """The peak in MB of each case by mode; None where it could not be measured."""
-    runs = [(what, name, vars(args), train) for what, name, args in cases for train in MODES.values()]
+    runs = [(what, name, vars(args), train) for what, name, args in cases for train in modes.values()]
     if cases[0][2].device == "cuda":
         peaks = [peak_on_gpu(*run) for run in runs]
     elif sys.platform == "linux":
@@ -156,7 +181,7 @@ def peak_memory(cases: list[Case]) -> list[dict[str, float | None]]:
         peaks = [json.loads(line) for line in done.stdout.splitlines()]
     else:
         peaks = [None] * len(runs)
-    return [dict(zip(MODES, peaks[i : i + len(MODES)], strict=True)) for i in range(0, len(peaks), len(MODES))]
+    return [dict(zip(modes, peaks[i : i + len(modes)], strict=True)) for i in range(0, len(peaks), len(modes))]
 
 
 def peak_on_gpu(what: str, name: str, args: dict, train: bool) -> float:
@@ -174,7 +199,7 @@ def peak_on_gpu(what: str, name: str, args: dict, train: bool) -> float:
 def peak_on_cpu(what: str, name: str, args: dict, train: bool) -> float:
     args = argparse.Namespace(**args)
     torch.set_num_threads(args.threads)
-    small = build(what, name, changed(args, batch=2, frames=1))
+    small = build(what, name, changed(args, batch=2, frames=1, queries=8, gallery=32, identities=4))
     small.prepare(train)
     small.run()  # brings in what stays: kernels, threads
     del small
@@ -274,6 +299,7 @@ def environment(args: argparse.Namespace) -> dict:
         "dtype": args.dtype,
         "tf32": args.device == "cuda" and torch.backends.cudnn.allow_tf32,
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "temporal_agg": temporal_agg.__version__,
         "python": platform.python_version(),
     }
@@ -341,12 +367,118 @@ def aggregators_command(args: argparse.Namespace) -> dict:
     return result
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+NOISE = 3.0
+FORMS = {
+    "distances": ("ours", "numpy"),
+    "evaluate": ("ours", "numpy", "argsort"),
+    "rerank": ("ours", "numpy", "columns"),
+}
+
+
+def embeddings(args: argparse.Namespace) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Queries and gallery; and their persons and cameras, in the order of ``evaluate``."""
+    rng = np.random.default_rng(0)
+    N = args.queries + args.gallery
+    pids, cams = rng.integers(0, args.identities, N), rng.integers(0, 6, N)
+    features = rng.standard_normal((N, args.dims), dtype=np.float32)
+    if args.structure == "clustered":
+        features *= NOISE
+        features += rng.standard_normal((args.identities, args.dims), dtype=np.float32)[pids]
+    sides = slice(args.queries), slice(args.queries, N)
+    return [features[s] for s in sides], [x[s] for s in sides for x in (pids, cams)]
+
+
+def build_retrieval(name: str, args: argparse.Namespace) -> Call:
+    """``name``: a step and its form, such as rerank:ours."""
+    step, form = name.split(":")
+    (queries, gallery), ids = embeddings(args)
+    library = literal_retrieval
+    if form == "ours":
+        library = retrieval
+        queries, gallery = (torch.from_numpy(x).to(args.device) for x in (queries, gallery))
+    if step == "distances":
+        return Call(partial(library.distances, queries, gallery, *["euclidean"] * (form == "ours")))
+    if step == "rerank":
+        return Call(partial(library.rerank, queries, gallery, **{"by_columns": True} if form == "columns" else {}))
+    distances = retrieval.distances(queries, gallery, "euclidean")
+    if form == "argsort":
+        return Call(partial(np.argsort, distances, axis=1))
+    return Call(partial(library.evaluate, distances, *ids))
+
+
+def measure_retrieval(step: str, args: argparse.Namespace) -> tuple[dict, dict[str, Case]]:
+    """One step at one size, but for the memory; and the cases that it compares."""
+    print(f"time: {step} at {args.queries} x {args.gallery}", file=sys.stderr, flush=True)
+    forms = ("ours",) if step == "rerank" and args.skip_dense else FORMS[step]
+    cases = {form: ("retrieval", f"{step}:{form}", args) for form in forms}
+    works = {form: build(*case) for form, case in cases.items()}
+    times = milliseconds(works, False, args)
+    median = {form: statistics.median(values) for form, values in times.items()}
+    row = {"name": step, "queries": args.queries, "gallery": args.gallery, "ms": median, "all_ms": times}
+    row["speedup"] = {form: ms / median["ours"] for form, ms in median.items() if form != "ours"}
+    if step == "evaluate":
+        row["map"] = works["ours"].run().map
+    return row, cases
+
+
+def retrieval_table(rows: list[dict]) -> str:
+    lines = [
+        f"{'':24}" + "".join(f"{c:>10}" for c in ("ours", "numpy", "numpy", "ours", "numpy", "numpy")),
+        f"{'queries x gallery':24}" + "".join(f"{c:>10}" for c in ("ms", "ms", "/ ours", "MB", "MB", "/ ours")),
+    ]
+    for row in rows:
+        size, mb = f"{row['queries']} x {row['gallery']}", row.get("peak_mb", {})
+        for form in list(row["ms"])[1:] or [None]:
+            first = form in ("numpy", None)
+            values = [row["ms"]["ours"] if first else None, row["ms"].get(form), row["speedup"].get(form)]
+            values += [mb.get("ours") if first else None, mb.get(form), row.get("memory_ratio", {}).get(form)]
+            cells = ("-" if v is None else f"{v:.{n}f}" for v, n in zip(values, (1, 1, 2) * 2, strict=True))
+            lines.append(f"{row['name'] if first else form:10} {size:13}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def retrieval_command(args: argparse.Namespace) -> dict:
+    torch.set_num_threads(args.threads)
+    sizes = [dict(zip(("queries", "gallery"), size, strict=True)) for size in args.sizes]
+    measured = [measure_retrieval(step, changed(args, **size)) for size in sizes for step in FORMS]
+    rows = [row for row, _ in measured]
+    if args.memory:
+        ours_only = args.device == "cuda"  # numpy's forms run on the CPU
+        wanted = [(row, form, case) for row, cases in measured for form, case in cases.items()]
+        wanted = [x for x in wanted if x[1] == "ours" or not ours_only]
+        for (row, form, _), peak in zip(wanted, peak_memory([x[2] for x in wanted], {"run": False}), strict=True):
+            row.setdefault("peak_mb", {})[form] = peak["run"]
+        for row in rows:
+            ours = row["peak_mb"]["ours"]
+            others = {form: mb for form, mb in row["peak_mb"].items() if form != "ours"}
+            row["memory_ratio"] = {form: mb / ours if mb and ours else None for form, mb in others.items()}
+
+    about = environment(args)
+    print(
+        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, numpy {about['numpy']}; "
+        f"median of {args.repeats}"
+    )
+    maps = ", ".join(f"{row['map']:.1%}" for row in rows if "map" in row)
+    print(f"{args.structure} embeddings [N, {args.dims}], {args.identities} identities, mAP {maps}")
+    print("\n" + retrieval_table(rows))
+    result = {"environment": about, "settings": vars(args), "rows": rows}
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     about, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="aggregators")
+    commands = parser.add_subparsers(required=True, metavar="aggregators | retrieval")
 
     text = "time and memory of aggregators, and of whole models"
     sub = commands.add_parser(
@@ -364,12 +496,20 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     sub.add_argument("--size", default="256x128", help="height x width of a frame in pixels")
     sub.add_argument("--backbone", default="resnet50", help="a timm model, or none")
     sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="type")
-    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs")
-    sub.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    sub.add_argument("--repeats", type=int, default=5, help="timed runs of each")
-    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
-    sub.add_argument("--out", help="a JSON file for all numbers, every single time included")
+    add_common(sub, repeats=5)
     sub.set_defaults(command=aggregators_command)
+
+    text = "time and memory of distances, evaluation and re-ranking"
+    ranked = commands.add_parser(
+        "retrieval", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ranked.add_argument("--sizes", default="1980x11310,3504x11333", help="queries x gallery, by comma")
+    ranked.add_argument("--dims", type=int, default=2048, help="of the embeddings")
+    ranked.add_argument("--identities", type=int, default=626, help="persons among queries and gallery")
+    ranked.add_argument("--structure", default="clustered", choices=("clustered", "random"), help="of the embeddings")
+    ranked.add_argument("--skip-dense", action="store_true", help="leave out re-ranking in numpy, which takes longest")
+    add_common(ranked, repeats=3)
+    ranked.set_defaults(command=retrieval_command, dtype="float32")
 
     hidden = commands.add_parser("_peak")
     hidden.add_argument("cases")
@@ -377,6 +517,11 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
 
     args = parser.parse_args(argv)
     command = vars(args).pop("command")
+    if command is retrieval_command:
+        try:
+            args.sizes = [(int(q), int(g)) for q, g in (size.lower().split("x") for size in args.sizes.split(","))]
+        except ValueError:
+            ranked.error(f"--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got {args.sizes!r}")
     if command is aggregators_command:
         args.names, args.systems = ([n for n in names.split(",") if n] for names in (args.names, args.systems))
         if not args.names + args.systems:
@@ -396,8 +541,19 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     return command, args
 
 
+def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
+    parser.add_argument("--out", help="a JSON file for all numbers, every single time included")
+
+
 def main(argv: list[str] | None = None):
     command, args = parse(sys.argv[1:] if argv is None else argv)
+    if command is retrieval_command and argv is None and os.environ.get("OPENBLAS_NUM_THREADS") != str(args.threads):
+        # numpy asks for its number of threads once, when it is imported: start anew.
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"OPENBLAS_NUM_THREADS": str(args.threads)})
     return command(args)
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,10 +129,88 @@ def test_peak_memory_is_what_the_tensors_take(benchmark):
         assert four[mode] < literal_four[mode] / 2
 
 
+RETRIEVAL = [
+    *("retrieval", "--sizes", "20x90,31X150", "--dims", "24", "--identities", "12"),
+    *("--threads", str(torch.get_num_threads()), "--repeats", "2"),
+]
+
+
+def retrieval_results(benchmark, step, size, *argv):
+    """What each form of a step returns on the same embeddings."""
+    _, args = benchmark.parse([*RETRIEVAL, *argv])
+    args = benchmark.changed(args, queries=size[0], gallery=size[1])
+    return {form: benchmark.build("retrieval", f"{step}:{form}", args).run() for form in benchmark.FORMS[step]}
+
+
+@pytest.mark.parametrize("structure", ["clustered", "random"])
+def test_retrieval_in_plain_numpy_is_ours(benchmark, structure):
+    for size in ((1, 40), (40, 200)):
+        got = retrieval_results(benchmark, "distances", size, "--structure", structure)
+        np.testing.assert_allclose(got["ours"].numpy(), got["numpy"], atol=1e-5)
+        got = retrieval_results(benchmark, "evaluate", size, "--structure", structure)
+        mean, cmc = got["numpy"]
+        assert got["ours"].map == pytest.approx(mean, rel=1e-6)
+        assert got["ours"].cmc == pytest.approx(cmc)
+        assert got["argsort"].shape == size
+        got = retrieval_results(benchmark, "rerank", size, "--structure", structure)
+        np.testing.assert_allclose(got["ours"].numpy(), got["numpy"], atol=1e-5)
+        np.testing.assert_allclose(got["ours"].numpy(), got["columns"], atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"k1": 7, "k2": 1}, {"k1": 2, "k2": 9, "lambda_value": 0.8}])
+def test_literal_reranking_has_the_same_settings(benchmark, settings):
+    rng = np.random.default_rng(0)
+    queries, gallery = (rng.normal(size=(n, 8)).astype(np.float32) for n in (7, 60))
+    got = benchmark.retrieval.rerank(queries, gallery, **settings)
+    np.testing.assert_allclose(got, benchmark.literal_retrieval.rerank(queries, gallery, **settings), atol=1e-5, rtol=0)
+
+
+def test_retrieval_table_and_json(benchmark, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    result = benchmark.main([*RETRIEVAL, "--no-memory", "--out", str(file)])
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    assert [(r["name"], r["queries"], r["gallery"]) for r in result["rows"]] == [
+        (step, *size) for size in ((20, 90), (31, 150)) for step in ("distances", "evaluate", "rerank")
+    ]
+    for row in result["rows"]:
+        assert set(row["ms"]) == set(benchmark.FORMS[row["name"]])
+        for form, times in row["all_ms"].items():
+            assert len(times) == 2
+            assert row["ms"][form] == pytest.approx(sum(times) / 2)
+        assert row["speedup"]["numpy"] == pytest.approx(row["ms"]["numpy"] / row["ms"]["ours"])
+    assert 0 < result["rows"][1]["map"] < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"numpy {np.__version__}; median of 2" in lines[0]
+    assert lines[1].startswith("clustered embeddings [N, 24], 12 identities, mAP ")
+    table = lines[3:]
+    steps = ["distances", "evaluate", "argsort", "rerank", "columns"]
+    assert [line.split()[0] for line in table[2:]] == 2 * steps
+    assert len({len(line) for line in table}) == 1
+
+    result = benchmark.main([*RETRIEVAL, "--no-memory", "--skip-dense"])
+    assert set(result["rows"][2]["ms"]) == {"ours"}
+    assert set(result["rows"][1]["ms"]) == {"ours", "numpy", "argsort"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is measured on Linux only")
+def test_peak_memory_of_retrieval(benchmark):
+    """Distances take their own size; dense re-ranking three N x N matrices of 4 bytes and one of 8."""
+    _, args = benchmark.parse(RETRIEVAL)
+    small, large = (benchmark.changed(args, queries=n, gallery=4 * n) for n in (200, 1000))
+    cases = [("distances:ours", large), ("evaluate:argsort", large), ("rerank:numpy", small)]
+    peaks = benchmark.peak_memory([("retrieval", *case) for case in cases], {"run": False})
+    distances, argsort, dense = (peak["run"] for peak in peaks)
+    assert distances == pytest.approx(16, abs=2)
+    assert argsort == pytest.approx(32, abs=2)
+    assert 18 < dense < 40
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: aggregators"),
+        ([], "required: aggregators | retrieval"),
+        (["retrieval", "--sizes", "100x"], "--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got '100x'"),
+        (["retrieval", "--structure", "blobs"], "invalid choice: 'blobs'"),
         (["aggregators", "--names", ""], "pass --names or --systems"),
         (["aggregators", "--names", "gtsa"], "did you mean 'gsta'"),
         (["aggregators", "--names", "fgra", "--options", "regions=3"], "has no option regions"),

@@ -1,0 +1,90 @@
+"""Retrieval in plain numpy: what one writes first, to test and to measure ``temporal_agg.retrieval`` against.
+
+Whole matrices, one loop over the queries or items where a step is not a matrix operation, float32.
+"""
+
+import numpy as np
+
+
+def distances(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Euclidean."""
+    return np.sqrt(_squared(queries, gallery))
+
+
+def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T), 0)
+
+
+def evaluate(
+    distances: np.ndarray,
+    query_pids: np.ndarray,
+    query_cams: np.ndarray,
+    gallery_pids: np.ndarray,
+    gallery_cams: np.ndarray,
+    max_rank: int = 20,
+) -> tuple[float, np.ndarray]:
+    """Mean average precision and the CMC curve; every query ranks the whole gallery."""
+    ranking = np.argsort(distances, axis=1)
+    precisions, curves = [], []
+    for q, order in enumerate(ranking):
+        pids, cams = gallery_pids[order], gallery_cams[order]
+        keep = (pids != -1) & ~((pids == query_pids[q]) & (cams == query_cams[q]))
+        match = pids[keep] == query_pids[q]
+        if not match.any():
+            continue
+        found = match.cumsum()
+        precisions.append((found / np.arange(1, len(found) + 1))[match].mean())
+        curves.append(np.pad(found, (0, max_rank), mode="edge")[:max_rank] > 0)
+    return float(np.mean(precisions)), np.mean(curves, axis=0)
+
+
+def rerank(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+    by_columns: bool = False,
+) -> np.ndarray:
+    """Zhong et al., CVPR 2017, with N x N matrices for the distances, the ranking, and the encodings before and after
+    query expansion.
+
+    ``by_columns`` is the memory order of the authors' code, which divides by the maxima of the columns and transposes:
+    then the rows that everything works on are not contiguous.
+    """
+    Q, items = len(queries), np.concatenate([queries, gallery])
+    N = len(items)
+    distance = _squared(items, items)
+    distance = (distance / distance.max(0)).T if by_columns else distance / distance.max(1, keepdims=True)
+    ranking = np.argsort(distance, axis=1)
+
+    def reciprocal(item, k):
+        forward = ranking[item, : k + 1]
+        return forward[(ranking[forward, : k + 1] == item).any(1)]
+
+    encoding = np.zeros_like(distance)
+    for item in range(N):
+        neighbours = reciprocal(item, k1)
+        expanded = [neighbours]
+        for candidate in neighbours:
+            half = reciprocal(candidate, round(k1 / 2))
+            if 3 * len(np.intersect1d(half, neighbours)) > 2 * len(half):
+                expanded.append(half)
+        expanded = np.unique(np.concatenate(expanded))
+        weight = np.exp(-distance[item, expanded])
+        encoding[item, expanded] = weight / weight.sum()
+    if k2 > 1:
+        mean = np.zeros_like(encoding)
+        for item in range(N):
+            mean[item] = encoding[ranking[item, :k2]].mean(0)
+        encoding = mean
+
+    inverted = [np.flatnonzero(column) for column in encoding.T]
+    jaccard = np.zeros((Q, N), dtype=np.float32)
+    for q in range(Q):
+        shared = np.zeros(N, dtype=np.float32)
+        for column in np.flatnonzero(encoding[q]):
+            rows = inverted[column]
+            shared[rows] += np.minimum(encoding[q, column], encoding[rows, column])
+        jaccard[q] = 1 - shared / (2 - shared)
+    return ((1 - lambda_value) * jaccard + lambda_value * distance[:Q])[:, Q:]
