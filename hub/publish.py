@@ -193,10 +193,11 @@ def protocol_of(metrics: dict, model: temporal_agg.TrackletModel, settings: dict
     )
 
 
-def without_paths(settings: dict) -> dict:
+def without_paths(settings: dict, run: Path) -> dict:
     """The settings with <root> for the place of the data and <out> for that of the runs: they are nobody's business."""
     values, text = settings["settings"], json.dumps(settings)
     places = {values["root"] or values["data"].partition(":")[2]: "<root>"}
+    places[str(run.resolve().parent)] = "<out>"
     if Path(values["out"]).is_absolute():
         places[values["out"]] = "<out>"
     for place in sorted(filter(None, places), key=len, reverse=True):
@@ -205,10 +206,10 @@ def without_paths(settings: dict) -> dict:
 
 
 def command_of(environment: dict) -> str:
-    arguments = environment["command"].partition(" ")[2]
+    script, _, arguments = environment["command"].partition(" ")
     several = environment["processes"] > 1
     start = f"torchrun --nproc_per_node {environment['processes']}" if several else "python"
-    return f"{start} recipes/train.py {arguments}".strip()
+    return f"{start} recipes/{Path(script).name} {arguments}".strip()
 
 
 def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: str | None) -> manifest.Weights:
@@ -226,7 +227,7 @@ def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: s
     model = temporal_agg.create_model(f"local-dir:{out}")
     print(f"{check_embeddings(model, run)} embeddings are reproduced.")
 
-    settings = without_paths(settings)
+    settings = without_paths(settings, run)
     (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     what, terms = DATA.get(data, DATA["folder"])
     start = f"; the backbone started from timm's {config['encoder']['backbone']}"

@@ -131,7 +131,8 @@ def test_what_does_not_agree_is_refused(publish, run):
 def test_places_of_the_trainers_machine_are_taken_out(publish):
     settings = {"data": "mars", "root": "/data/my mars", "out": "/home/me/runs", "init": "/home/me/runs/a/stage1"}
     command = "/home/me/agg/recipes/train.py --config recipes/configs/grl_mars.yaml --root /data/my mars"
-    got = publish.without_paths({"settings": settings, "environment": {"command": command, "processes": 4}})
+    environment = {"command": command, "processes": 4}
+    got = publish.without_paths({"settings": settings, "environment": environment}, Path("/home/me/runs/a"))
     assert got["settings"] == {"data": "mars", "root": "<root>", "out": "<out>", "init": "<out>/a/stage1"}
     expected = "torchrun --nproc_per_node 4 recipes/train.py --config recipes/configs/grl_mars.yaml --root <root>"
     assert publish.command_of(got["environment"]) == expected
