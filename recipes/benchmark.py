@@ -4,6 +4,7 @@
     python recipes/benchmark.py aggregators --names gsta,grl --device cuda --dtype bfloat16 --out bench.json
     python recipes/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
     python recipes/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
+    python recipes/benchmark.py aggregators --compile --no-memory                # what torch.compile gains
     python recipes/benchmark.py retrieval                                        # at the sizes of MARS and LS-VID
     python recipes/benchmark.py retrieval --structure random --skip-dense --device cuda
 
@@ -258,6 +259,9 @@ def measure(what: str, name: str, args: argparse.Namespace, backbone: dict | Non
         same = {"last_stride": encoder["last_stride"]}
         cases["mean"] = (what, f"mean_{encoder['backbone']}", changed(args, frames=T, options=same))
     works |= {key: build(*case) for key, case in cases.items() if key != "ours"}
+    if args.compile:
+        ours = works["ours"]
+        works["compiled"] = Work(module, torch.compile(ours.call), ours.leaves, frames, args)
 
     row = {"name": name, "what": what, "frames": T, "options": args.options}
     row["parameters"] = sum(p.numel() for p in module.parameters())
@@ -318,7 +322,10 @@ def table(rows: list[dict], mode: str) -> str:
         ("literal", "MB", ".1f"),
         ("literal", "/ ours", ".2f"),
         ("mean", "MB", ".1f"),
+        ("compiled", "ms", ".2f"),
+        ("ours /", "compiled", ".2f"),
     )
+    columns = columns if "compiled" in rows[0][mode]["ms"] else columns[:-2]
     width = max(len(mode), *(len(row["name"]) for row in rows))
     lines = [" " * width + "".join(f"{c[0]:>10}" for c in columns), f"{mode:{width}}"]
     lines[1] += "".join(f"{c[1]:>10}" for c in columns)
@@ -328,6 +335,8 @@ def table(rows: list[dict], mode: str) -> str:
         ratio = mb["literal"] / mb["ours"] if mb.get("literal") and mb.get("ours") else None
         values = (row["frames"], ms["ours"], ms.get("literal"), of.get("speedup"), ms["mean"], of["times_mean"])
         values += (of.get("backbone_share"), mb.get("ours"), mb.get("literal"), ratio, mb.get("mean"))
+        if "compiled" in ms:
+            values += (ms["compiled"], ms["ours"] / ms["compiled"])
         cells = ("-" if v is None else format(v, c[2]) for v, c in zip(values, columns, strict=True))
         lines.append(f"{row['name']:{width}}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
@@ -496,6 +505,7 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     sub.add_argument("--size", default="256x128", help="height x width of a frame in pixels")
     sub.add_argument("--backbone", default="resnet50", help="a timm model, or none")
     sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="type")
+    sub.add_argument("--compile", action="store_true", help="time what torch.compile makes of each, too")
     add_common(sub, repeats=5)
     sub.set_defaults(command=aggregators_command)
 

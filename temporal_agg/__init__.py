@@ -16,6 +16,7 @@ from .aggregators.grl import EMU, GCE, GRL, TRL
 from .aggregators.gsta import GSTA, ConvLSTM
 from .aggregators.loga import GCQ, LAQ, LOGA
 from .data import Tracklet
+from .export import export_onnx
 from .inference import embed_tracklets
 from .losses import create_criterion, list_criteria
 from .models import FrameEncoder, TrackletModel, create_model, list_models, load_weights
@@ -53,6 +54,7 @@ __all__ = [
     "data",
     "embed_tracklets",
     "evaluate",
+    "export_onnx",
     "list_aggregators",
     "list_criteria",
     "list_models",

@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "data": set(),
     "retrieval": set(),
     "inference": {"aggregators", "losses", "models", "data", "retrieval"},
+    "export": {"_version", "aggregators", "models"},
     "plot": {"aggregators", "losses", "models", "data", "retrieval", "inference"},
+    "cli": {"_version", "aggregators", "models", "data", "retrieval", "inference"},
 }
 ANYWHERE = {"einops", "numpy", "torch"}
 THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
@@ -31,7 +33,9 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "data": {"PIL", "h5py", "scipy", "torchvision"},
     "retrieval": set(),
     "inference": {"tqdm"},
+    "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
+    "cli": set(),
 }
 
 PUBLIC = [
@@ -65,6 +69,7 @@ PUBLIC = [
     "data",
     "embed_tracklets",
     "evaluate",
+    "export_onnx",
     "list_aggregators",
     "list_criteria",
     "list_models",
@@ -129,7 +134,8 @@ def test_the_import_scan_sees_every_form(tmp_path, monkeypatch):
 
 
 def test_importing_does_nothing_and_needs_no_extra():
-    heavy = ["accelerate", "h5py", "matplotlib", "scipy", "tensorboard", "tqdm", "yaml"]
+    heavy = ["accelerate", "h5py", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorboard"]
+    heavy += ["tqdm", "yaml"]
     # timm and huggingface_hub import some of them themselves.
     code = (
         "import sys\n"

@@ -81,6 +81,21 @@ def test_the_joined_weight_of_gsta_is_measured_not_its_joining(benchmark):
     torch.testing.assert_close(gradient, torch.cat(parts, 1), rtol=1e-8, atol=1e-8)
 
 
+def test_compiled_forms_stand_beside_ours(benchmark, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call) or call)
+    argv = ["--names", "max,fgra", "--backbone", "none", "--no-memory", "--compile"]
+    rows = benchmark.main(["aggregators", *MINIATURE, *argv])["rows"]
+    assert len(compiled) == 2
+    lines = capsys.readouterr().out.splitlines()
+    for mode in ("forward", "forward + backward"):
+        title = next(i for i, line in enumerate(lines) if line.split()[-1:] == ["compiled"] and mode in line)
+        for row, line in zip(rows, lines[title + 1 :], strict=False):
+            ms = row[mode]["ms"]
+            assert line.split()[-2:] == [f"{ms['compiled']:.2f}", f"{ms['ours'] / ms['compiled']:.2f}"]
+            assert len(row[mode]["all_ms"]["compiled"]) == 2
+
+
 def test_table_and_json(benchmark, tmp_path, capsys):
     file = tmp_path / "bench.json"
     argv = ["--names", "mean,loga", "--systems", "star_resnet10t", "--backbone", "resnet10t", "--out", str(file)]

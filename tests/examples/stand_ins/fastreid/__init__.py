@@ -1,0 +1,1 @@
+"""Stands in for fastreid 1.4.0: configuration, head and meta architecture."""
