@@ -173,3 +173,10 @@ def test_tracker(example, reid):
     assert len(set().union(*identities.values())) == (3 if reid else 4)
     mean = torch.stack([d.embedding for d in tracks[0].past_detections]).mean(0)
     torch.testing.assert_close(distance.embed(tracks[0]), nn.functional.normalize(mean, dim=0))
+
+
+def test_search_finds_the_same_person(example, capsys):
+    found = example("search").search(query=0, k=3)
+    assert [line[:2] for line in capsys.readouterr().out.splitlines()[-3:]] == ["1:", "2:", "3:"]
+    query = data.open_dataset("synthetic", num_identities=20, length=(6, 14), size=(64, 32), seed=100).query[0]
+    assert query.pid in [t.pid for t in found]
