@@ -85,13 +85,14 @@ def export_onnx(
     dims = {0: torch.export.Dim("batch", min=1)}
     if length is None:
         dims[1] = torch.export.Dim("length", min=1)
-    frozen = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
+    frozen = copy.deepcopy(model).float().cpu().eval()
+    for module in frozen.modules():
+        if hasattr(module, "fused_attn"):  # timm's switch; torch's exporter does not know all the shapes that it takes
+            module.fused_attn = False
     tensors = _tensors(shapes, 2, length or 3, mask)  # what is free must not be 0 or 1 here
     first, *others = tensors
     try:
-        # With gradients enabled GRL attends all of its steps at once, a smaller graph; parameters that have some make
-        # torch choose kernels for attention whose strides it cannot export.
-        with torch.enable_grad():
+        with torch.enable_grad():  # GRL then attends all of its steps at once: a smaller graph
             program = torch.export.export(
                 frozen,
                 (tensors[first],),

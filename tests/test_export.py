@@ -253,7 +253,7 @@ def moved_into(aggregator, module):
 
 
 class Attention(nn.Module):
-    """The attention of a transformer with a learned bias, as BEiT and MaxViT have it."""
+    """Attention with a learned bias, as in BEiT and MaxViT."""
 
     num_features, data_config = 4, {"input_size": (3, 4, 2), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -275,9 +275,30 @@ def test_a_model_built_by_hand(tmp_path):
     model, path = TrackletModel(Attention(), create_aggregator("mean", 4)), tmp_path / "a.onnx"
     export_onnx(model, path)
     assert metadata(path)["architecture"] == "mean on Attention"
-    assert model.encoder.bias.requires_grad
     clips, mask = torch.rand(4, 2, 3, 4, 2), holes(4, 2)
     close(run(path, clips=clips, mask=mask), model(clips, mask).detach())
+
+
+class FusedAttention(nn.Module):
+    """Attention within windows, rank 5, with the switch that timm's models have."""
+
+    num_features, data_config, fused_attn = 3, Attention.data_config, True
+
+    def forward(self, frames, flow=None):
+        x = frames.flatten(2).mT.unflatten(1, (2, 4))[:, None]
+        if self.fused_attn:
+            y = nn.functional.scaled_dot_product_attention(x, x, x)
+        else:
+            y = (x @ x.mT / 3**0.5).softmax(-1) @ x
+        return y[:, 0].flatten(1, 2).mT.unflatten(2, (4, 2))
+
+
+def test_fused_attention_is_switched_off(tmp_path):
+    model, path = TrackletModel(FusedAttention(), create_aggregator("mean", 3)), tmp_path / "a.onnx"
+    export_onnx(model, path)
+    assert model.encoder.fused_attn
+    clips, mask = torch.rand(4, 2, 3, 4, 2), holes(4, 2)
+    close(run(path, clips=clips, mask=mask), model(clips, mask))
 
 
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
