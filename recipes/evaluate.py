@@ -32,19 +32,13 @@ from torch import Tensor
 
 import temporal_agg
 from temporal_agg import data, plot, retrieval
+from temporal_agg._files import replace_file
 
 RANKS = (1, 5, 10, 20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Used by train.py, too
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """A killed process leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def write_text(path: Path, content: str) -> None:

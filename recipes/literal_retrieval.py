@@ -44,19 +44,26 @@ def rerank(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
-    by_columns: bool = False,
+    as_published: bool = False,
 ) -> np.ndarray:
     """Zhong et al., CVPR 2017, with N x N matrices for the distances, the ranking, and the encodings before and after
     query expansion.
 
-    ``by_columns`` is the memory order of the authors' code, which divides by the maxima of the columns and transposes:
-    then the rows that everything works on are not contiguous.
+    ``as_published`` takes the steps of the authors' code up to the ranking: three matrices of distances, joined and
+    squared; divided by the maxima of the columns and transposed, so that the rows on which everything after it works
+    are not contiguous.
     """
     Q, items = len(queries), np.concatenate([queries, gallery])
     N = len(items)
-    distance = _squared(items, items)
-    distance = (distance / distance.max(0)).T if by_columns else distance / distance.max(1, keepdims=True)
-    ranking = np.argsort(distance, axis=1)
+    if as_published:
+        (qq, qg), gg = (distances(queries, other) for other in (queries, gallery)), distances(gallery, gallery)
+        distance = np.square(np.concatenate([np.concatenate([qq, qg], 1), np.concatenate([qg.T, gg], 1)]))
+        del qq, qg, gg
+        distance = (distance / distance.max(0)).T
+    else:
+        distance = _squared(items, items)
+        distance /= distance.max(1, keepdims=True)
+    ranking = np.argsort(distance, axis=1).astype(np.int32)
 
     def reciprocal(item, k):
         forward = ranking[item, : k + 1]

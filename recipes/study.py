@@ -6,9 +6,10 @@
 
 What is measured: mAP on tracklets with occlusion, bad boxes, identity switches or blur, each alone and at several
 strengths, and on tracklets with all four. What is equal for everybody: people and tracklets, backbone (the last stage's
-stride is 1), its weights at the start (trained on single frames, which favours no aggregator), optimiser, steps, clips
-per step, frames per clip. What is each system's own: the aggregator, the losses, how a tracklet is cut into clips in
-training and in test, and the distance. A seed draws everything anew, people included; intervals are over seeds.
+stride is 1), its weights at the start (trained on single frames, which favours no aggregator; STAR's LSTA blocks come
+fresh), optimiser, steps, clips per step, frames per clip. What is each system's own: the aggregator, the losses, how a
+tracklet is cut into clips in training and in test, and the distance. A seed draws everything anew, people included;
+intervals are over seeds.
 
 Every training is a run directory of recipes/train.py under --out. The same command goes on where a killed one stopped,
 and reads what is finished. Results: study.json, study.md and study.png, in --results.
@@ -103,7 +104,7 @@ SYSTEMS = {
     "loga": Variant("loga"),
     "loga scaled": Variant("loga", {"scale": "sqrt(C)"}),
     "gsta": Variant("gsta"),
-    "star": Variant("star"),  # GSTA with LSTA blocks in the backbone; no optical flow
+    "star": Variant("star", {"flow": False}),  # GSTA with LSTA blocks in the backbone
     "gltr": Variant("gltr"),
     "fgra": Variant("fgra"),
     "grl": Variant("grl"),
@@ -126,7 +127,7 @@ SAME_LOSS = {  # not GRL: its embedding has unit length, which a linear classifi
 }
 VARIANTS = {**SYSTEMS, **PARTS, **SAME_LOSS}
 REFERENCE = "mean"
-DEAR = ("star",)  # an encoder of its own: left out of the small size, unless --only names it
+ENCODER = "encoder"  # the common start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,19 +206,14 @@ def place(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(': ', '-').replace(' ', '_')}-seed{seed}"
 
 
-def encoder_of(name: str) -> str:
-    """The common start: STAR's backbone has blocks of its own."""
-    return "encoder star" if VARIANTS[name].model == "star" else "encoder"
-
-
 def run(out: Path, size: Size, name: str, seed: int, device: str = "auto") -> dict:
     """Trains one variant, or an encoder, and evaluates it; what is finished is read. Returns what is reported of it."""
     precision = dict(size.settings).get("mixed_precision")
     accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
-    if name.startswith("encoder"):
-        variant, init = Variant("star" if name.endswith("star") else "mean"), ""
+    if name == ENCODER:
+        variant, init = Variant("mean"), ""
     else:
-        variant, init = VARIANTS[name], str(place(out, encoder_of(name), seed))
+        variant, init = VARIANTS[name], str(place(out, ENCODER, seed))
     settings, directory = settings_of(size, variant, seed, init), place(out, name, seed)
     mixed = tracklets(size, seed, "mixed", size.mixed)
     metrics = train.train(settings.model, directory, mixed, settings, {"split_seed": seed}, accelerator)
@@ -260,7 +256,7 @@ def start_job(threads: int) -> None:
 
 def run_all(out: Path, size: Size, names: Sequence[str], seeds: Sequence[int], device: str, jobs: int) -> list[dict]:
     """Encoders first, then the systems, then the rest; seed by seed, so that a process draws a world once."""
-    encoders = [(name, seed) for seed in seeds for name in dict.fromkeys(map(encoder_of, names))]
+    encoders = [(ENCODER, seed) for seed in seeds]
     groups = [[name for name in names if name in group] for group in (SYSTEMS, PARTS, SAME_LOSS)]
     results = []
     for phase in (encoders, [(name, seed) for group in groups for seed in seeds for name in group]):
@@ -452,7 +448,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one")
     args = parser.parse_args(argv)
     args.only = [name.strip() for name in args.only.split(",") if name.strip()]
-    args.only = args.only or [name for name in VARIANTS if args.full or name not in DEAR]
+    args.only = args.only or list(VARIANTS)
     unknown = [name for name in args.only if name not in VARIANTS]
     if unknown:
         parser.error(f"--only has no {', '.join(map(repr, unknown))}; it has {', '.join(VARIANTS)}")

@@ -46,13 +46,14 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from evaluate import cell, draw, embed_test, key_values, layout, open_splits, replace_file, score, summary, write_text
+from evaluate import cell, draw, embed_test, key_values, layout, open_splits, score, summary, write_text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import temporal_agg
 from temporal_agg import data, plot, retrieval
+from temporal_agg._files import replace_file
 from temporal_agg.losses import create_criterion, list_criteria
 
 
@@ -77,7 +78,7 @@ class Settings:
     criterion: str = option("", "one of temporal_agg.list_criteria(); default: the model's own, else baseline")
     criterion_options: dict = option({}, "keyword arguments of create_criterion, e.g. margin=0.5")
     pretrained: bool = option(False, "start the backbone from timm's weights (downloads them)")
-    init: str = option("", "start from the encoder of this run directory")
+    init: str = option("", "start from the encoder of this run directory; what STAR adds to one starts afresh")
     stages: list = option([], "trainings in a row, as changes to these settings; each starts from the encoder before")
 
     # Input. 128x64 trains on a CPU; the papers use 256x128.
@@ -453,8 +454,11 @@ def save_checkpoint(directory: Path, batches: int, keep: int, state: dict) -> No
             file.flush()
             os.fsync(file.fileno())
 
-    (directory / "checkpoints").mkdir(exist_ok=True)
-    replace_file(directory / "checkpoints" / f"batch-{batches:09d}.ckpt", write)
+    folder = directory / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for half in folder.glob(".*.tmp"):  # of a process that was killed as it wrote
+        half.unlink()
+    replace_file(folder / f"batch-{batches:09d}.ckpt", write)
     for old in checkpoints(directory)[keep:]:
         old.unlink()
 
@@ -481,6 +485,12 @@ def run_stages(name: str, directory: Path, dataset, settings: Settings, extra: d
     return train(name, directory, dataset, last, extra, accelerator)
 
 
+def start_from(encoder: nn.Module, run: str) -> None:
+    """Takes the encoder of a run; what STAR adds to a backbone stays as it is where that run has none of it."""
+    own = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
+    encoder.load_state_dict(own | temporal_agg.create_model(f"local-dir:{run}").encoder.state_dict())
+
+
 def train(name: str, directory: Path, dataset: data.TrackletData, settings: Settings, extra: dict, accelerator) -> dict:
     """Trains one model in one run directory, or goes on with it, and returns its metrics."""
     main, device = accelerator.is_main_process, accelerator.device
@@ -496,7 +506,7 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
     labels = dataset.label_map
     model = build_model(name, settings)
     if settings.init:
-        model.encoder.load_state_dict(temporal_agg.create_model(f"local-dir:{settings.init}").encoder.state_dict())
+        start_from(model.encoder, settings.init)
     if settings.sync_batchnorm and device.type == "cuda" and accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._files import replace_file
 from ._version import __version__
 from .aggregators import list_aggregators
 from .data import Tracklet
@@ -243,13 +244,12 @@ def embed_folder(folder: Path, model_name: str, args: argparse.Namespace, output
 
 def write_embeddings(path: Path, found: Embeddings) -> None:
     arrays = {key: np.asarray(value) for key, value in found._asdict().items() if value is not None}
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # savez would add .npz to a name
             np.savez(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    replace_file(path, write)
 
 
 def read_embeddings(path: Path) -> Embeddings:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ._files import replace_file
 from ._version import __version__
 from .aggregators import Aggregator
 from .aggregators.registry import registry_entry
@@ -126,12 +127,7 @@ def export_onnx(
             "take sizes from x.shape (len(x) would be fixed in the file), and let no data decide what is computed."
         ) from error
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]], batch: int, length: int, mask: bool) -> dict[str, torch.Tensor]:

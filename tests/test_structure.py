@@ -13,19 +13,21 @@ ROOT = Path(temporal_agg.__file__).parent
 
 # Along frames -> backbone -> aggregator -> embedding -> ranked list, nothing looks backwards.
 MAY_IMPORT = {
+    "_files": set(),
     "_version": set(),
     "aggregators": set(),
     "losses": {"aggregators"},
-    "models": {"_version", "aggregators"},
-    "data": set(),
+    "models": {"_files", "_version", "aggregators"},
+    "data": {"_files"},
     "retrieval": set(),
     "inference": {"aggregators", "losses", "models", "data", "retrieval"},
-    "export": {"_version", "aggregators", "models"},
+    "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "losses", "models", "data", "retrieval", "inference"},
-    "cli": {"_version", "aggregators", "models", "data", "retrieval", "inference"},
+    "cli": {"_files", "_version", "aggregators", "models", "data", "retrieval", "inference"},
 }
 ANYWHERE = {"einops", "numpy", "torch"}
 THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
+    "_files": set(),
     "_version": set(),
     "aggregators": set(),
     "losses": set(),

@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .._files import replace_file
+
 __all__ = ["FlowError", "encode_flow", "flow_file", "flow_header", "read_flow", "write_flow"]
 
 SUFFIX = ".flow"
@@ -89,13 +91,7 @@ def write_flow(path: str | Path, flow: Sequence[tuple[float, bytes]], size: tupl
     index["step"] = [step for step, _ in flow]
     content = (json.dumps(header).encode() + b"\n", index.tobytes(), *(image for _, image in flow))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: temporary.write_bytes(b"".join(content)))
     return sum(map(len, content))
 
 

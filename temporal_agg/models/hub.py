@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from .._files import replace_file
 from .._version import __version__
 from ..aggregators.registry import ClipConfig, create_aggregator, registry_entry
 from . import manifest
@@ -96,8 +97,8 @@ class HubMixin:
             safetensors.torch.save_file(weights, path, metadata)
             _sort_metadata(path)
 
-        _replace(directory / WEIGHTS, write)
-        _replace(directory / CONFIG, lambda path: path.write_text(content, encoding="utf-8"))
+        replace_file(directory / WEIGHTS, write)
+        replace_file(directory / CONFIG, lambda path: path.write_text(content, encoding="utf-8"))
 
     def push_to_hub(
         self,
@@ -366,12 +367,3 @@ def _sort_metadata(path: Path) -> None:
         if len(content) <= size:
             file.seek(8)
             file.write(content.ljust(size))
-
-
-def _replace(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

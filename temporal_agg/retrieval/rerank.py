@@ -13,6 +13,8 @@ lists of what is not zero.
 """
 
 import math
+import warnings
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["rerank", "rerank_distances"]
 
-_CELLS = 2**20  # of the tables that the encodings are worked out on, some rows at once
+_CELLS = 2**21  # of the tables that the encodings are worked out on, some rows at once
 _PAIRS = 512  # of embeddings that are compared at once
 
 
@@ -141,11 +143,13 @@ class _Source:
     sizes: tuple[int, int]
     device: torch.device
 
-    def block(self, a: slice, b: slice) -> Tensor:
-        """All of ``a`` with all of ``b``; each lies on one side, ``a`` not after ``b``."""
+    def block(self, a: slice, b: slice, room: Tensor) -> Tensor:
+        """All of ``a`` with all of ``b``; each lies on one side, ``a`` not after ``b``. Written where ``room`` is."""
         Q = self.sizes[0]
         sides = int(a.start >= Q), int(b.start >= Q)
-        return self._block(sides, *(slice(s.start - Q * n, s.stop - Q * n) for s, n in zip((a, b), sides, strict=True)))
+        shape = a.stop - a.start, b.stop - b.start
+        places = (slice(s.start - Q * side, s.stop - Q * side) for s, side in zip((a, b), sides, strict=True))
+        return self._block(sides, *places, out=room[: shape[0] * shape[1]].view(shape))
 
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Each of ``i`` with the item at its place in ``j``."""
@@ -166,10 +170,16 @@ class _Features(_Source):
         self.device = queries.device
         self.squares = tuple(torch.cat([part.square().sum(1) for part in x.split(_PAIRS)]) for x in self.features)
 
-    def _block(self, sides: tuple[int, int], a: slice, b: slice) -> Tensor:
+    def _block(self, sides: tuple[int, int], a: slice, b: slice, out: Tensor) -> Tensor:
         (x, y), (xx, yy) = ([of[side] for side in sides] for of in (self.features, self.squares))
-        block = torch.addmm(yy[b], x[a], y[b].T, alpha=-2).add_(xx[a, None]).clamp_(min=0)
-        return block.fill_diagonal_(0) if sides[0] == sides[1] and a == b else block
+        if sides[0] != sides[1] or a != b:
+            return torch.addmm(yy[b], x[a], y[b].T, alpha=-2, out=out).add_(xx[a, None]).clamp_(min=0)
+        half = len(out) // 2  # symmetric: of the quarters beside the diagonal one is worked out
+        for rows, columns in ((slice(None), slice(half)), (slice(half, None), slice(half, None))):
+            torch.addmm(yy[b][columns], x[a][rows], y[b][columns].T, alpha=-2, out=out[rows, columns])
+        out.add_(xx[a, None]).clamp_(min=0)
+        out[:half, half:] = out[half:, :half].T
+        return out.fill_diagonal_(0)
 
     def _pairs(self, sides: tuple[int, int], i: Tensor, j: Tensor) -> Tensor:
         x, y = (self.features[side] for side in sides)
@@ -182,8 +192,8 @@ class _Distances(_Source):
         self.sizes = tuple(query_gallery.shape)
         self.device = query_gallery.device
 
-    def _block(self, sides: tuple[int, int], a: slice, b: slice) -> Tensor:
-        return self.matrices[sides][a, b].square()
+    def _block(self, sides: tuple[int, int], a: slice, b: slice, out: Tensor) -> Tensor:
+        return torch.square(self.matrices[sides][a, b], out=out)
 
     def _pairs(self, sides: tuple[int, int], i: Tensor, j: Tensor) -> Tensor:
         return self.matrices[sides][i, j].square()
@@ -224,20 +234,21 @@ def _neighbours(source: _Source, k: int, chunk_size: int) -> tuple[Tensor, Tenso
 
     starts = [*range(0, Q, chunk_size), *range(Q, N, chunk_size)]
     parts = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], N], strict=True)]
+    room = torch.empty(min(chunk_size, N) ** 2, device=device)  # memory that is new for each block costs time
     numbers = torch.arange(N, device=device)
     for a in parts:  # the blocks on the diagonal first: they give every item a bound for the others
-        block = source.block(a, a)
+        block = source.block(a, a, room)
         scale[a] = block.amax(1)
         _keep_smallest(best[a], _keys(block, numbers[a]))
     for n, a in enumerate(parts):
         for b in parts[n + 1 :]:
-            block = source.block(a, b)
+            block = source.block(a, b, room)
             if a.stop <= Q <= b.start:
                 out[a, b.start - Q : b.stop - Q] = block
             scale[a] = torch.maximum(scale[a], block.amax(1))
             scale[b] = torch.maximum(scale[b], block.amax(0))
             bound_a, bound_b = (_unpack(best[s, -1])[0] for s in (a, b))
-            i, j = ((block <= bound_a[:, None]) | (block <= bound_b)).nonzero(as_tuple=True)
+            i, j = (block <= torch.maximum(bound_a[:, None], bound_b)).nonzero(as_tuple=True)
             near = block.take(i * block.shape[1] + j)
             for rows, columns, bound, own, other in ((i, j, bound_a, a, b), (j, i, bound_b, b, a)):
                 at = (near <= bound[rows]).nonzero()[:, 0]
@@ -339,18 +350,16 @@ def _encode(source: _Source, nearest: Tensor, values: Tensor, scale: Tensor, k1:
 def _expand(codes: _Rows, nearest: Tensor) -> _Rows:
     """Local query expansion: the mean of the encodings of the nearest."""
     N, k = nearest.shape
-    width = -(-N // 8) * 8
-    parts = []
-    for rows in torch.arange(N, device=nearest.device).split(max(1, _CELLS // N)):
-        owner, entry = codes.of(nearest[rows].flatten())
-        cell = codes.column.index_select(0, entry).add_(owner // k, alpha=width)
-        flags = torch.zeros(len(rows), width, dtype=torch.bool, device=rows.device)
-        flags.view(-1)[cell] = True
-        value = codes.value.index_select(0, entry)
-        sums = torch.zeros(len(rows) * width, device=rows.device).index_add_(0, cell, value)
-        cell = _true_cells(flags)
-        parts.append((torch.bincount(cell // width, minlength=len(rows)), cell % width, sums[cell] / k))
-    return _Rows.joined(parts)
+    matrix = partial(torch.sparse_coo_tensor, size=(N, N), check_invariants=False)
+    owner = torch.arange(N, device=nearest.device).repeat_interleave(k)
+    mean = matrix(torch.stack([owner, nearest.flatten()]), codes.value.new_full((N * k,), 1 / k))
+    owner = torch.repeat_interleave(codes.count)
+    codes = matrix(torch.stack([owner, codes.column]), codes.value)
+    with warnings.catch_warnings():  # on a CPU the product is worked out on CSR matrices, which torch calls a beta
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
+        expanded = torch.sparse.mm(mean, codes).coalesce()
+    row, column = expanded.indices()
+    return _Rows(torch.bincount(row, minlength=N), column, expanded.values())
 
 
 def _true_cells(flags: Tensor) -> Tensor:
@@ -382,5 +391,6 @@ def _blend(out: Tensor, codes: _Rows, scale: Tensor, lambda_value: float) -> Ten
         # Rows sum to 1, so that the maxima sum to 2 - the sum of the minima. (But an item that is preceded by more than
         # k1 equal ones is not among its own neighbours, and its row is empty; the authors' code does the same.)
         block = out[first:last]
-        block.mul_(lambda_value / scale[first:last, None]).add_(1 - shared / (2 - shared), alpha=1 - lambda_value)
+        jaccard = shared.div_(2 - shared).neg_().add_(1)
+        block.mul_(lambda_value / scale[first:last, None]).add_(jaccard, alpha=1 - lambda_value)
     return out
