@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -250,6 +251,11 @@ def threads(jobs: int) -> int:
 
 
 def start_job(threads: int) -> None:
+    def end_with_parent() -> None:  # a killed study would leave trainings that the next one gets in the way of
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     train.tqdm = NoBar
 

@@ -126,6 +126,7 @@ class Settings:
     mixed_precision: str = option("no", "no, bf16 or fp16, in training")
     grad_checkpointing: bool = option(False, "compute the backbone's activations twice instead of keeping them")
     sync_batchnorm: bool = option(False, "BatchNorm of the backbone over all processes (GPUs)")
+    find_unused_parameters: bool = option(False, "of several processes, for losses that leave parts without gradients")
     compile: bool = option(False, "torch.compile")
     tensorboard: bool = option(False, "also write TensorBoard events")
 
@@ -667,7 +668,13 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     settings = parse_settings(sys.argv[1:] if argv is None else argv)
-    accelerator = accelerate.Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
+    accelerator = accelerate.Accelerator(
+        cpu=settings.device == "cpu",
+        mixed_precision=settings.mixed_precision,
+        kwargs_handlers=[
+            accelerate.DistributedDataParallelKwargs(find_unused_parameters=settings.find_unused_parameters)
+        ],
+    )
     names = [name.strip() for name in settings.model.split(",")]
     spec = f"{settings.data}:{settings.root}" if settings.root else settings.data
     try:  # what is wrong with the command shows now, and not after the first model is trained
