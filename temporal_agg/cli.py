@@ -360,6 +360,8 @@ def run_list(args: argparse.Namespace) -> None:
         print("Released weights:" if args.pretrained else "Models that are tested:")
         print("".join(f"  {name}\n" for name in models), end="")
     if not models and not aggregators:
+        if args.pretrained and not list_models(pretrained=True):
+            raise ValueError("no released weights yet.")
         what = "released weights" if args.pretrained else "model and no aggregator"
         raise ValueError(f"no {what} of a name like {args.pattern!r}.")
 
