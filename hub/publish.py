@@ -15,6 +15,7 @@ card), metrics.json and settings.json, in which <root> and <out> stand for place
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -193,16 +194,25 @@ def protocol_of(metrics: dict, model: temporal_agg.TrackletModel, settings: dict
     )
 
 
-def without_paths(settings: dict, run: Path) -> dict:
-    """The settings with <root> for the place of the data and <out> for that of the runs: they are nobody's business."""
-    values, text = settings["settings"], json.dumps(settings)
-    places = {values["root"] or values["data"].partition(":")[2]: "<root>"}
+def without_paths(found: dict, settings: dict, run: Path) -> dict:
+    """What a run recorded, with <root> for the place of its data and <out> for that of the runs; what else is an
+    absolute path keeps its last part. Places are nobody's business."""
+    values = settings["settings"]
+    places = {values["root"] or values["data"].partition(":")[2]: "<root>", values["out"]: "<out>"}
     places[str(run.resolve().parent)] = "<out>"
-    if Path(values["out"]).is_absolute():
-        places[values["out"]] = "<out>"
-    for place in sorted(filter(None, places), key=len, reverse=True):
-        text = text.replace(json.dumps(place)[1:-1], places[place])
-    return json.loads(text)
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(of) for key, of in value.items()}
+        if isinstance(value, list):
+            return [clean(of) for of in value]
+        if not isinstance(value, str):
+            return value
+        for place in sorted(filter(None, places), key=len, reverse=True):
+            value = re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w.-])", places[place], value)
+        return re.sub(r"(?<![\w.<>/-])/(?!/)(?:[^\s/]+/)*([^\s/]+)", r"<path>/\1", value)
+
+    return clean(found)
 
 
 def command_of(environment: dict) -> str:
@@ -222,12 +232,13 @@ def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: s
     if licence is None:
         raise ValueError("say by --licence under which licence the weights may be used, such as cc-by-nc-4.0.")
     out.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors", "metrics.json"):
+    for file in ("config.json", "model.safetensors"):
         shutil.copyfile(run / file, out / file)
     model = temporal_agg.create_model(f"local-dir:{out}")
     print(f"{check_embeddings(model, run)} embeddings are reproduced.")
 
-    settings = without_paths(settings, run)
+    metrics, settings = (without_paths(found, settings, run) for found in (metrics, settings))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     what, terms = DATA.get(data, DATA["folder"])
     start = f"; the backbone started from timm's {config['encoder']['backbone']}"
@@ -267,7 +278,8 @@ def main(argv: list[str] | None = None) -> manifest.Weights:
     try:
         weights = prepare(args.run, out, args.name, args.repo, args.licence)
         if not args.dry_run:
-            commit = hub.upload(out, weights.repo, None, args.private, None, f"Release {weights.name}")
+            files = ["README.md", "config.json", "metrics.json", "model.safetensors", "settings.json"]
+            commit = hub.upload(out, weights.repo, None, args.private, None, f"Release {weights.name}", files)
             weights = dataclasses.replace(weights, released=True, revision=commit)
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"publish.py: {error}") from error

@@ -5,13 +5,15 @@
     python recipes/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
     python recipes/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
     python recipes/benchmark.py aggregators --compile --no-memory                # what torch.compile gains
+    python recipes/benchmark.py aggregators --names "" --systems gltr_resnet50 --batch 1 --export --no-memory
     python recipes/benchmark.py retrieval                                        # at the sizes of MARS and LS-VID
     python recipes/benchmark.py retrieval --structure random --skip-dense --device cuda
 
 aggregators: forward is in evaluation mode without gradients; forward + backward in training mode, with gradients for
 the maps and all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/literal.py) and
 of mean pooling alternate, so that a busy machine is busy for all of them. Half precision is autocast, on maps of that
-type.
+type. --export times forward alone, also of the module that torch.export makes ("exported"), and of the ONNX file that
+export_onnx writes, run by onnxruntime on the CPU; both for clips of one length, without a mask.
 
 The backbone runs on one batch of --batch x --frames frames, and the share compares time per frame: LOGA takes clips of
 ten frames whatever --frames says. Where the maps asked for need it, the stride of a ResNet's last stage is removed.
@@ -35,6 +37,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +64,7 @@ class Work:
     Args:
         module: whose mode and gradients are managed.
         call: the forward pass.
+        inputs: its arguments, by name.
         leaves: tensors that get gradients in training, beside the module's parameters.
         frames: how many one run processes.
         args: the command's.
@@ -69,12 +73,14 @@ class Work:
     def __init__(
         self,
         module: nn.Module,
-        call: Callable[[], Tensor],
+        call: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
         leaves: list[Tensor],
         frames: int,
         args: argparse.Namespace,
     ):
-        self.module, self.call, self.leaves, self.frames, self.args = module, call, leaves, frames, args
+        self.module, self.call, self.inputs = module, call, inputs
+        self.leaves, self.frames, self.args = leaves, frames, args
 
     def prepare(self, train: bool) -> None:
         self.module.train(train)
@@ -85,7 +91,7 @@ class Work:
         train = self.module.training
         autocast = torch.autocast(self.args.device, getattr(torch, self.args.dtype), enabled=is_half(self.args))
         with torch.set_grad_enabled(train), autocast:
-            output = self.call()
+            output = self.call(**self.inputs)
         if train:
             output.backward(torch.ones_like(output))
         return output
@@ -116,20 +122,21 @@ def build(what: str, name: str, args: argparse.Namespace) -> Work | Call:
         features = torch.rand(args.batch, T, args.channels, args.height, args.width, **inputs).requires_grad_()
         frames = torch.randn(args.batch, T, 3, *size, **inputs) if aggregator.needs_frames else None
         call, leaves = literal.prepared(aggregator) if what == "literal" else (aggregator, [])
-        return Work(aggregator, lambda: call(features, frames=frames), [features, *leaves], args.batch * T, args)
+        arguments = {"features": features, **({} if frames is None else {"frames": frames})}
+        return Work(aggregator, call, arguments, [features, *leaves], args.batch * T, args)
 
     if what == "backbone":
         encoder = temporal_agg.FrameEncoder(name, img_size=size).to(**weights)
         if encoder.has_last_stride and args.height * encoder.backbone.feature_info[-1]["reduction"] > size[0]:
             encoder.remove_last_stride()
         frames = torch.randn(args.batch * args.frames, 3, *size, **inputs)
-        return Work(encoder, lambda: encoder(frames), [], len(frames), args)
+        return Work(encoder, encoder, {"frames": frames}, [], len(frames), args)
 
     model = temporal_agg.create_model(name, img_size=size, **args.options).to(**weights)
     T = model.aggregator.clip_length or args.frames
     clips = torch.randn(args.batch, T, 3, *size, **inputs)
-    flow = torch.randn(args.batch, T, 2, *size, **inputs) if model.encoder.uses_flow else None
-    return Work(model, lambda: model(clips, flow=flow), [], args.batch * T, args)
+    flow = {"flow": torch.randn(args.batch, T, 2, *size, **inputs)} if model.encoder.uses_flow else {}
+    return Work(model, model, {"clips": clips, **flow}, [], args.batch * T, args)
 
 
 def is_half(args: argparse.Namespace) -> bool:
@@ -261,11 +268,13 @@ def measure(what: str, name: str, args: argparse.Namespace, backbone: dict | Non
     works |= {key: build(*case) for key, case in cases.items() if key != "ours"}
     if args.compile:
         ours = works["ours"]
-        works["compiled"] = Work(module, torch.compile(ours.call), ours.leaves, frames, args)
+        works["compiled"] = Work(module, torch.compile(ours.call), ours.inputs, ours.leaves, frames, args)
+    if args.export:
+        works |= exported(works["ours"])
 
     row = {"name": name, "what": what, "frames": T, "options": args.options}
     row["parameters"] = sum(p.numel() for p in module.parameters())
-    for mode, train in MODES.items():
+    for mode, train in modes_of(args).items():
         times = milliseconds(works, train, args)
         median = {key: statistics.median(values) for key, values in times.items()}
         row[mode] = {"ms": median, "all_ms": times, "times_mean": median["ours"] / median["mean"]}
@@ -276,6 +285,32 @@ def measure(what: str, name: str, args: argparse.Namespace, backbone: dict | Non
     return row, cases
 
 
+def exported(ours: Work) -> dict[str, Work]:
+    """What torch.export makes of an aggregator or model, and its ONNX file in onnxruntime."""
+    import onnxruntime
+
+    module, inputs, args = ours.module.eval(), ours.inputs, ours.args
+    program = torch.export.export(module, (), inputs, strict=False).module()
+    sizes = {}
+    if "features" in inputs:
+        sizes = {"map_size": (args.height, args.width), "frame_size": image_size(args) if "frames" in inputs else None}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        temporal_agg.export_onnx(module, path, clip_length=ours.frames // args.batch, mask=False, **sizes)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    arrays = {name: tensor.detach().numpy() for name, tensor in inputs.items()}
+    return {
+        "exported": Work(module, program, inputs, [], ours.frames, args),
+        "onnx": Work(module, lambda **arrays: session.run(None, arrays)[0], arrays, [], ours.frames, args),
+    }
+
+
+def modes_of(args: argparse.Namespace) -> dict[str, bool]:
+    return {"forward": False} if args.export else MODES
+
+
 def measure_backbone(args: argparse.Namespace) -> dict:
     print(f"time: {args.backbone}", file=sys.stderr, flush=True)
     work = build("backbone", args.backbone, args)
@@ -284,7 +319,7 @@ def measure_backbone(args: argparse.Namespace) -> dict:
     if maps != [args.channels, args.height, args.width]:
         print(f"note: the maps of {args.backbone} are {maps}, the aggregators get others", file=sys.stderr)
     result = {"name": args.backbone, "maps": maps, "frames": work.frames}
-    for mode, train in MODES.items():
+    for mode, train in modes_of(args).items():
         times = milliseconds({"backbone": work}, train, args)["backbone"]
         median = statistics.median(times)
         result[mode] = {"ms": median, "all_ms": times, "ms_per_frame": median / work.frames}
@@ -322,10 +357,10 @@ def table(rows: list[dict], mode: str) -> str:
         ("literal", "MB", ".1f"),
         ("literal", "/ ours", ".2f"),
         ("mean", "MB", ".1f"),
-        ("compiled", "ms", ".2f"),
-        ("ours /", "compiled", ".2f"),
     )
-    columns = columns if "compiled" in rows[0][mode]["ms"] else columns[:-2]
+    others = [key for key in ("compiled", "exported", "onnx") if key in rows[0][mode]["ms"]]
+    for key in others:
+        columns += ((key, "ms", ".2f"), ("ours /", key, ".2f"))
     width = max(len(mode), *(len(row["name"]) for row in rows))
     lines = [" " * width + "".join(f"{c[0]:>10}" for c in columns), f"{mode:{width}}"]
     lines[1] += "".join(f"{c[1]:>10}" for c in columns)
@@ -335,8 +370,8 @@ def table(rows: list[dict], mode: str) -> str:
         ratio = mb["literal"] / mb["ours"] if mb.get("literal") and mb.get("ours") else None
         values = (row["frames"], ms["ours"], ms.get("literal"), of.get("speedup"), ms["mean"], of["times_mean"])
         values += (of.get("backbone_share"), mb.get("ours"), mb.get("literal"), ratio, mb.get("mean"))
-        if "compiled" in ms:
-            values += (ms["compiled"], ms["ours"] / ms["compiled"])
+        for key in others:
+            values += (ms[key], ms["ours"] / ms[key])
         cells = ("-" if v is None else format(v, c[2]) for v, c in zip(values, columns, strict=True))
         lines.append(f"{row['name']:{width}}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
@@ -349,7 +384,7 @@ def aggregators_command(args: argparse.Namespace) -> dict:
     measured += [measure("model", name, changed(args, options={}), None) for name in args.systems]
     rows = [row for row, _ in measured]
     if args.memory:
-        peaks = iter(peak_memory([case for _, cases in measured for case in cases.values()]))
+        peaks = iter(peak_memory([case for _, cases in measured for case in cases.values()], modes_of(args)))
         for row, cases in measured:
             for key in cases:
                 for mode, peak in next(peaks).items():
@@ -366,9 +401,9 @@ def aggregators_command(args: argparse.Namespace) -> dict:
         print(f"systems on frames {args.size}")
     if backbone is not None:
         maps = " x ".join(map(str, backbone["maps"]))
-        ms = ", ".join(f"{mode} {backbone[mode]['ms']:.1f} ms" for mode in MODES)
+        ms = ", ".join(f"{mode} {backbone[mode]['ms']:.1f} ms" for mode in modes_of(args))
         print(f"backbone {backbone['name']}, {backbone['frames']} frames {args.size} to maps {maps}: {ms}")
-    for mode in MODES:
+    for mode in modes_of(args):
         print("\n" + table(rows, mode))
     result = {"environment": about, "settings": vars(args), "backbone": backbone, "rows": rows}
     if args.out:
@@ -508,6 +543,8 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
     sub.add_argument("--backbone", default="resnet50", help="a timm model, or none")
     sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="type")
     sub.add_argument("--compile", action="store_true", help="time what torch.compile makes of each, too")
+    text = "time forward only, also as torch.export's module and as an ONNX file (on the CPU, in float32)"
+    sub.add_argument("--export", action="store_true", help=text)
     add_common(sub, repeats=5)
     sub.set_defaults(command=aggregators_command)
 
@@ -540,6 +577,8 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
             sub.error("nothing to measure: pass --names or --systems")
         if any("=" not in item for item in args.options):
             sub.error(f"--options takes KEY=VALUE, got {' '.join(args.options)}")
+        if args.export and (args.device != "cpu" or args.dtype != "float32"):
+            sub.error(f"--export is for the CPU and float32, got {args.device} and {args.dtype}")
         args.options = {k: yaml.safe_load(v) for k, v in (item.split("=", 1) for item in args.options)}
         try:
             image_size(args)

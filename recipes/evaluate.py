@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import Tensor
 import temporal_agg
 from temporal_agg import data, plot, retrieval
 from temporal_agg._files import replace_file
+from temporal_agg.data.flow import flow_file
 
 RANKS = (1, 5, 10, 20)
 
@@ -166,6 +168,11 @@ def key_values(items: Sequence[str]) -> dict:
 def fingerprint(model: temporal_agg.TrackletModel, tracklets: Sequence[data.Tracklet]) -> str:
     """Changes with the weights, the clips, the input and every frame (a file: its path, size and time of change)."""
     digest = hashlib.sha256(f"{temporal_agg.__version__} {model.clip} {model.data_config}".encode())
+
+    def file(path: str | os.PathLike) -> None:
+        status = os.stat(path)
+        digest.update(f" {path} {status.st_size} {status.st_mtime_ns}".encode())
+
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -174,10 +181,14 @@ def fingerprint(model: temporal_agg.TrackletModel, tracklets: Sequence[data.Trac
         frames = getattr(tracklet, "frames", None)
         for frame in tracklet.load(range(len(tracklet))) if frames is None else frames:
             if isinstance(frame, (str, os.PathLike)):
-                status = os.stat(frame)
-                digest.update(f" {frame} {status.st_size} {status.st_mtime_ns}".encode())
+                file(frame)
             else:
                 digest.update(f" {tuple(frame.shape)}".encode() + np.asarray(frame).tobytes())
+        if model.encoder.uses_flow:
+            if tracklet.flow is None or isinstance(tracklet.flow, (str, os.PathLike)):
+                file(flow_file(tracklet.frames, tracklet.flow))
+            else:
+                digest.update(b"".join(np.asarray(array).tobytes() for array in tracklet.flow))
     return digest.hexdigest()[:16]
 
 
@@ -219,8 +230,8 @@ def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
     return model
 
 
-def own_data(name: str) -> dict:
-    """The data that a run was trained for."""
+def own_data(name: str) -> tuple[dict, str]:
+    """The data that a run was trained for, and the place of its optical flow."""
     try:
         settings = json.loads((Path(name) / "settings.json").read_text())["settings"]
     except FileNotFoundError:
@@ -232,7 +243,21 @@ def own_data(name: str) -> dict:
         "split": settings["split"],
         "identity_splits": settings["identity_splits"],
         "seed": settings["split_seed"],
-    }
+    }, settings.get("flow_root", "")
+
+
+def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str]:
+    """What to evaluate on, and where its flow is. A benchmark on which the run was trained is split as it was there."""
+    if not args.data:
+        source, flow_root = own_data(name)
+        return source, args.flow_root or flow_root
+    source = {"spec": args.data, "options": args.data_options, "split": args.split, "identity_splits": 0, "seed": 0}
+    benchmark = args.data.partition(":")[0]
+    if not args.split and benchmark not in ("folder", "csv") and (Path(name) / "settings.json").is_file():
+        own, _ = own_data(name)
+        if own["spec"].partition(":")[0] == benchmark:
+            source |= {key: own[key] for key in ("split", "identity_splits", "seed")}
+    return source, args.flow_root
 
 
 def evaluate_split(model, number: int, dataset: data.TrackletData, directory: Path, args, accelerator) -> list[dict]:
@@ -321,6 +346,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {error}")
     if args.split not in ("", "all") and not args.split.isdigit():
         parser.error(f"--split must be a number or all, got {args.split!r}")
+    if not args.data and (args.split or args.data_options):
+        parser.error("--split and --data-options are of --data: a run's own data are as its settings say")
     return args
 
 
@@ -328,14 +355,14 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     args = parse(sys.argv[1:] if argv is None else argv)
     accelerator = accelerate.Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     results: dict[str, list[dict]] = {}
+    places: dict[str, Path] = {}
     try:
         for name in args.models:
             model = load_model(name, args.clip).to(accelerator.device)
-            source = {"spec": args.data, "options": args.data_options, "split": args.split}
-            source = source | {"identity_splits": 0, "seed": 0} if args.data else own_data(name)
+            source, flow_root = source_of(name, args)
             splits = open_splits(**source)
-            if args.flow_root:
-                splits = {k: dataset.with_flow_root(args.flow_root) for k, dataset in splits.items()}
+            if flow_root:
+                splits = {k: dataset.with_flow_root(flow_root) for k, dataset in splits.items()}
             if model.encoder.uses_flow:
                 for dataset in splits.values():
                     data.check_flow([*dataset.query, *dataset.gallery])
@@ -343,11 +370,15 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
             base = Path(args.out or (Path(name) / "evaluation" if is_run else "evaluation"))
             if not is_run or args.out:
                 base /= name.rstrip("/").replace("hf-hub:", "").replace("/", "-")
-            label = source["spec"].split(":")[0]
+            label, _, root = source["spec"].partition(":")
+            if args.data and label in ("folder", "csv"):
+                label += f"-{Path(root).resolve().stem}"
             # Runs on several splits are one row: what they measure together is the mean.
-            row = results.setdefault(Path(name).name.partition("-split")[0] if is_run else name, [])
+            place = Path(re.sub(r"-split\d+$", "", str(Path(name))))
+            title = place.name if is_run and places.setdefault(place.name, place) == place else str(place)
+            row = results.setdefault(title if is_run else name, [])
             for number, dataset in splits.items():
-                directory = base / (label if len(splits) == 1 else f"{label}-split{number}")
+                directory = base / (f"{label}-split{number}" if number or len(splits) > 1 else label)
                 row += evaluate_split(model, number, dataset, directory, args, accelerator)
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

@@ -21,6 +21,7 @@ the result of one process, but for BatchNorm in training, whose statistics are t
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -106,7 +107,7 @@ class Settings:
     head_lr_factor: float = option(1.0, "times the learning rate for all that is new: aggregator and criterion")
     lr_factors: dict = option({}, "the same for single modules of the model, e.g. aggregator.gce=1.0")
     weight_decay: float = option(5e-4, "L2; of adamw: decoupled")
-    no_decay_norms: bool = option(True, "no weight decay for biases and norms; papers mostly decay everything")
+    no_decay_norms: bool = option(True, "no weight decay for the model's biases and norms; papers mostly decay all")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises from 0")
     schedule: str = option("cosine", "cosine (to 0), constant, or step (x 0.1 at times)")
     step_epochs: int = option(0, "of step: every so many epochs")
@@ -377,6 +378,9 @@ def gather(details: temporal_agg.Details, labels: Tensor) -> tuple[temporal_agg.
 
 def evaluate(model, dataset: data.TrackletData, accelerator, settings: Settings) -> tuple[dict, Tensor]:
     """The data set's own protocol, by the model's own distance; and the gallery's embeddings."""
+    if accelerator.num_processes > 1:  # since the last forward each process has statistics of its own in BatchNorm
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
     queries, gallery = embed_test(model, dataset, accelerator, settings.frames_per_batch)
     return summary(score(retrieval.distances(queries, gallery, model.clip.distance), dataset)), gallery
 
@@ -426,12 +430,20 @@ NOT_COMPARED = (
 )
 
 
+def tracklets_of(dataset: data.TrackletData) -> str:
+    """Changes with the tracklets of a data set, but not with where they lie: ``root`` may differ."""
+    sides = (dataset.train, dataset.query, dataset.gallery)
+    return hashlib.sha256(repr([[(t.pid, t.camera, len(t)) for t in side] for side in sides]).encode()).hexdigest()[:16]
+
+
 def open_run(directory: Path, name: str, settings: Settings, extra: dict, accelerator) -> None:
     """Makes the run directory, or checks that it belongs to the same settings."""
     file = directory / "settings.json"
     resolved = {**dataclasses.asdict(settings), "model": name, **extra}
+    if settings.init:  # of a stage: in the run directory, wherever that lies
+        resolved["init"] = os.path.relpath(settings.init, directory)
     if file.exists():
-        before = json.loads(file.read_text())["settings"]
+        before = {**dataclasses.asdict(Settings()), **json.loads(file.read_text())["settings"]}
         changed = [k for k in resolved if resolved[k] != before.get(k) and (k == "model" or k not in NOT_COMPARED)]
         if changed:
             what = ", ".join(f"{k}: {before.get(k)!r} there, {resolved[k]!r} now" for k in changed)
@@ -496,7 +508,7 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
     """Trains one model in one run directory, or goes on with it, and returns its metrics."""
     main, device = accelerator.is_main_process, accelerator.device
     accelerator.wait_for_everyone()
-    open_run(directory, name, settings, extra, accelerator)
+    open_run(directory, name, settings, {**extra, "tracklets": tracklets_of(dataset)}, accelerator)
     finished = directory / "metrics.json"
     if finished.exists():
         accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")
@@ -542,6 +554,9 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
             state |= {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
             save_checkpoint(directory, progress["epoch"] * len(sampler) + progress["batch"], settings.keep, state)
 
+    def buffers() -> list[Tensor]:
+        return [*model.buffers(), *criterion.buffers()]
+
     writer = None
     if settings.tensorboard and main:
         from torch.utils.tensorboard import SummaryWriter
@@ -558,6 +573,8 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
         wrapped.train()
         criterion.train()
         group: list[dict] = []  # the batches of one optimizer step
+        start_of_last = (len(sampler) - 1) // settings.accumulate * settings.accumulate
+        factor = lr_factor(settings, epoch + start_of_last / len(sampler))  # if the epoch's batches are done already
         for i, batch in enumerate(loader, progress["batch"]):
             torch.manual_seed(hash_seed(settings.seed, epoch, i))  # dropout, random mining: the same after a restart
             first = i - i % settings.accumulate
@@ -568,6 +585,7 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
             last = i == first + size - 1
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             mask = None if batch["mask"].all() else batch["mask"]
+            counted = [buffer.clone() for buffer in buffers()]
             with nullcontext() if last else accelerator.no_sync(wrapped):
                 details = wrapped(batch["clip"], mask, flow=batch.get("flow"), return_details=True)
                 target = batch["label"]
@@ -575,13 +593,16 @@ def train(name: str, directory: Path, dataset: data.TrackletData, settings: Sett
                     details, target = gather(details, target)
                 terms = criterion(details, target)
                 if not terms["loss"].isfinite():
-                    save()
+                    for buffer, before in zip(buffers(), counted, strict=True):
+                        buffer.copy_(before)  # BatchNorm has counted the batch
+                    if all(p.isfinite().all() for p in (*model.parameters(), *criterion.parameters())):
+                        save()
                     pids = sorted(pid for pid, label in labels.items() if label in target.tolist())
                     bar.close()
                     raise SystemExit(
                         f"{directory}: the loss is {terms['loss'].item()} in epoch {epoch + 1}, batch {i + 1}, "
-                        f"identities {pids}. What came before is saved. Look at their frames, or try a smaller --lr, "
-                        "a longer --warmup, or --mixed-precision bf16 in place of fp16."
+                        f"identities {pids}. The last sound state is saved. Look at their frames, or try a "
+                        "smaller --lr, a longer --warmup, or --mixed-precision bf16 in place of fp16."
                     )
                 accelerator.backward(terms["loss"] / size)
             group.append({key: value.item() for key, value in terms.items()})

@@ -24,7 +24,7 @@ from ._files import replace_file
 from ._version import __version__
 from .aggregators import list_aggregators
 from .data import Tracklet
-from .data.readers import NOT_DATA, frame_order, is_image
+from .data.readers import IMAGE_SUFFIXES, NOT_DATA, frame_order, is_image
 from .inference import _bar, embed_tracklets
 from .models import TrackletModel, create_model, list_models
 from .retrieval import distances, rerank
@@ -52,23 +52,31 @@ def find_tracklets(folder: Path) -> tuple[list[Tracklet], bool]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected a folder of tracklets, each a folder of images.")
-    found, seen = {}, set()
+    found, above, empty = {}, {}, 0  # above: the real paths of a folder and of those that it lies in
 
     def fail(error: OSError) -> None:
         raise error
 
     for path, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        if os.path.realpath(path) in seen:  # links can go round in circles
+        real, outer = os.path.realpath(path), above.get(os.path.dirname(path), frozenset())
+        if real in outer:  # links can go round in circles
             folders.clear()
             continue
-        seen.add(os.path.realpath(path))
+        above[path] = outer | {real}
         folders[:] = sorted((f for f in folders if not f.startswith(NOT_DATA)), key=frame_order)
         if images := sorted(filter(is_image, files), key=frame_order):
             found[Path(path)] = [os.path.join(path, image) for image in images]
+        elif files and not folders:
+            empty += 1
+    kinds = ", ".join(IMAGE_SUFFIXES)
     if not found:
-        raise FileNotFoundError(f"no image in {folder} or in any folder below it: a tracklet is a folder of images.")
-    for above in {parent for path in found for parent in path.parents} & set(found):
-        say(f"left out {len(found.pop(above))} images in {above}: they lie beside tracklets (a contact sheet?).")
+        raise FileNotFoundError(
+            f"no image in {folder} or in any folder below it ({kinds}): a tracklet is a folder of images."
+        )
+    if empty:
+        say(f"left out {empty} folders that hold files, but no image ({kinds}).")
+    for outer in {parent for path in found for parent in path.parents} & set(found):
+        say(f"left out {len(found.pop(outer))} images in {outer}: they lie beside tracklets (a contact sheet?).")
     names = [folder.resolve().name if p == folder else p.relative_to(folder).as_posix() for p in found]
     parts = [LAYOUT.fullmatch(name) for name in names]
     known = all(parts)
@@ -108,11 +116,18 @@ def settings_of(model: TrackletModel) -> dict:
     settings = {
         "aggregator": model.aggregator.config,
         "clip": dataclasses.asdict(model.clip),
+        "encoder": model.encoder.config,
         "input": model.data_config,
         "temporal-agg": __version__,
         "weights": digest.hexdigest()[:16],
     }
     return json.loads(json.dumps(settings, default=str))
+
+
+def fingerprint(settings: dict) -> str:
+    """Equal for models whose embeddings can be compared."""
+    compared = {key: value for key, value in settings.items() if key != "temporal-agg"}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,7 +153,7 @@ class Embeddings(NamedTuple):
     distance: str
     model: str
     backbone_pretrained: bool
-    weights: str
+    fingerprint: str
 
 
 class Finished:
@@ -153,10 +168,14 @@ class Finished:
         if path is None:
             return
         content = path.read_bytes() if path.is_file() else b""
-        content = content[: content.rfind(b"\n") + 1]
         try:
+            if content and not content.startswith(b"{"):
+                raise ValueError(f"it begins with {content[:10]!r}")
+            content = content[: content.rfind(b"\n") + 1]
             before, *rows = (json.loads(line) for line in content.splitlines() or [b"null"])
-        except json.JSONDecodeError as error:
+            if before is not None and "temporal-agg" not in before:
+                raise ValueError("it says nothing of temporal-agg")
+        except ValueError as error:  # of json and of decoding, too
             raise ValueError(f"{path} is no file of temporal-agg, or it is damaged ({error}): remove it.") from error
         if before:
             changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
@@ -192,7 +211,7 @@ def frames_key(tracklet: Tracklet) -> str:
     digest = hashlib.sha256()
     for frame in tracklet.frames:
         status = os.stat(frame)
-        digest.update(f"{os.path.basename(frame)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.basename(frame)} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -230,15 +249,16 @@ def embed_folder(folder: Path, model_name: str, args: argparse.Namespace, output
                 bar.update(frames)
             speed = frames / max(time.monotonic() - start, 1e-3)
             budget = max(args.frames_per_batch, int(SAVE_EVERY * speed))
+    directory = model_name.removeprefix("local-dir:")
     return Embeddings(
         torch.stack([finished.rows[key] for key in keys]),
         [t.name for t in tracklets],
         [t.pid for t in tracklets] if known else None,
         [t.camera for t in tracklets] if known else None,
         model.clip.distance,
-        os.path.abspath(model_name) if os.path.isdir(model_name) else model_name,
+        os.path.abspath(directory) if os.path.isdir(directory) else model_name,
         args.backbone_pretrained,
-        settings["weights"],
+        fingerprint(settings),
     )
 
 
@@ -286,24 +306,30 @@ def run_embed(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     if args.k < 1:
         raise ValueError(f"-k must be at least 1, got {args.k}.")
+    if args.output is not None and args.output.exists() and args.output.samefile(args.gallery):
+        raise ValueError(f"the output {args.output} is the gallery: choose another name.")
     gallery = read_embeddings(args.gallery)
     if args.query.is_dir():
         args.backbone_pretrained |= not args.model and gallery.backbone_pretrained
         query = embed_folder(args.query, args.model or gallery.model, args)
     else:
         query = read_embeddings(args.query)
-    if query.weights != gallery.weights:
+    if query.fingerprint != gallery.fingerprint:
         raise ValueError(
-            f"{args.query} was embedded by {query.model} (weights {query.weights}), {args.gallery} by {gallery.model} "
-            f"(weights {gallery.weights}): embeddings of different models cannot be compared. Embed one of them again."
+            f"{args.query} was embedded by {query.model} ({query.fingerprint}), {args.gallery} by {gallery.model} "
+            f"({gallery.fingerprint}): embeddings of different models cannot be compared. Embed one of them again."
         )
     same = args.query.is_file() and args.query.samefile(args.gallery)
     found = list(ranked(query, gallery, args.k, args.rerank, same))
     if args.output is None:
         show(found, args.format, sys.stdout)
     else:
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            show(found, args.format, file)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                show(found, args.format, file)
+
+        replace_file(args.output, write)
 
 
 def ranked(query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, same: bool) -> Iterator[dict]:

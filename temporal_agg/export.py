@@ -35,6 +35,10 @@ def export_onnx(
     out one by one, and for those with a fixed length (loga): a file of theirs takes clips of one length, and through
     the mask shorter ones too.
 
+    What cannot be written: more than 2 GB of weights (530 M parameters); modules that let data decide what is computed.
+    Of the model families of timm 1.0.31 that is gemma4_vit, which reads the size of its maps off a tensor; the smallest
+    model of each of the others has been checked.
+
     Inputs of a model: ``clips`` ``[batch, length, 3, H, W]``, normalised, and ``flow`` ``[batch, length, 2, H, W]`` if
     its encoder has a stem for it. Of an aggregator: ``features``, ``[batch, length, C, h, w]`` or ``[batch, length,
     C]``, and ``frames`` ``[batch, length, 3, H, W]`` if it reads the images. Of both: ``mask`` bool ``[batch,

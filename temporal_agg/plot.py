@@ -4,6 +4,7 @@ Each function returns a ``matplotlib.figure.Figure``, for a notebook to show or 
 into a model cut the tracklet as ``model.clip`` says, and run the model in evaluation mode.
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,12 +47,12 @@ FOR = {  # the figures that not every aggregator can fill
 }
 
 
-def _figure(**options) -> "Figure":
+def _figure(layout: str = "constrained", **options) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install temporal-agg[plot]") from error
-    return Figure(layout="constrained", **options)
+    return Figure(layout=layout, **options)
 
 
 def cmc(curves: Mapping[str, Sequence[float] | np.ndarray], title: str = "") -> "Figure":
@@ -98,7 +99,7 @@ def ranked_lists(
         rows: the queries to draw, one in a row.
         query_index: as in :func:`temporal_agg.evaluate`.
         ranks: how many of the list to draw.
-        titles: one for each of ``rows``; None = the query's name.
+        titles: at the left, one for each of ``rows``; None = the query's name.
 
     Raises:
         ImportError: no matplotlib.
@@ -111,7 +112,7 @@ def ranked_lists(
         own = -1 if query_index is None else query_index[q]
         order = ranked_gallery(np.asarray(distances[q]), query.pid, query.camera, pids, cams, own)[:ranks]
         _draw(axes[0], _middle(query), QUERY)
-        axes[0].set_title(titles[i] if titles else query.name, fontsize=6)
+        axes[0].set_ylabel(textwrap.fill(titles[i] if titles else query.name, 26), fontsize=6)
         for rank, (place, g) in enumerate(zip(axes[1:], order, strict=False), 1):
             _draw(place, _middle(gallery[g]), HIT if pids[g] == query.pid else WRONG)
             place.set_title(f"{rank}: {distances[q][g]:.3f}", fontsize=6)
@@ -163,14 +164,15 @@ def frame_weights(
     """Draws the frames of a tracklet and how much each one counted; every aggregator has these weights.
 
     A tracklet's embedding is the mean of its clips' embeddings, so a frame's weight is the mean of what it has in them,
-    nothing where it is in none. The dashed line is where all the frames that were read would count the same.
+    nothing where it is in none, and more where a clip is filled up with it. The dashed line is where all the frames
+    that were read would count the same.
 
     Args:
         model: a model; or the :class:`~temporal_agg.Details` of clips that went through an aggregator.
         tracklet: its frames. For ``Details``, the T of the clip: a tracklet, or uint8 ``[3, h, w]`` each; what stands
             for padding is not drawn.
         clip: one of the clips that the tracklet is cut into, alone. For ``Details``, which one of the batch (None = 0).
-        shown: the most frames to draw, evenly chosen; the bars have all.
+        shown: the most frames to draw: evenly chosen, but the one that counts most is among them. The bars have all.
 
     Raises:
         ImportError: no matplotlib.
@@ -182,7 +184,7 @@ def frame_weights(
     for part in parts:
         np.add.at(weights, part.numbers, _numpy(part.details.frame_weights[0]) / len(parts))
     read = np.unique(np.concatenate([part.numbers[part.real] for part in parts]))
-    chosen = read[_spread(len(read), shown)]
+    chosen = read[_spread(len(read), shown, weights[read])]
     figure = _figure(figsize=(max(4, 0.8 * len(chosen)), 3.6))
     above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
     _strip(above, tracklet, chosen, [f"{number}\n{weights[number]:.3f}" for number in chosen])
@@ -196,6 +198,8 @@ def frame_weights(
 
 def laq_parts(model: "TrackletModel", tracklet: Tracklet, *, clip: int = 0, shown: int = 12) -> "Figure":
     """Draws LAQ's parts (LOGA): the importance of each part of each frame, Eq. 5, and the frames' weights w_l.
+
+    Grey is what makes no whole part, and LAQ does not read.
 
     Args:
         model: one with LAQ.
@@ -258,7 +262,7 @@ def tsa_mask(
         model: a model with TSA, or ``Details``, as in :func:`frame_weights`.
         tracklet: its frames, as in :func:`frame_weights`.
         clip: which of its clips.
-        shown: the most frames to draw, evenly chosen.
+        shown: the most frames to draw: evenly chosen, but the one that counts most is among them.
 
     Raises:
         ImportError: no matplotlib.
@@ -267,12 +271,12 @@ def tsa_mask(
     """
     part, M = _clip_with("tsa", "tsa_mask", model, tracklet, clip)
     M, numbers = M[part.real][:, part.real], part.numbers[part.real]
-    chosen = _spread(len(M), shown)
+    chosen = _spread(len(M), shown, M.sum(1))
     figure = _figure(figsize=(max(6.5, 0.8 * len(chosen)), 6.8))
     above, below = figure.subfigures(2, 1, height_ratios=[1, 3.4])
     _strip(above, tracklet, numbers[chosen], numbers[chosen])
     axes = below.subplots()
-    below.colorbar(axes.imshow(M, interpolation="nearest"), ax=axes, label="M")
+    below.colorbar(axes.imshow(M, vmin=0, interpolation="nearest"), cax=axes.inset_axes((1.04, 0, 0.05, 1)), label="M")
     ticks = {"ticks": chosen, "labels": numbers[chosen], "fontsize": 7}
     axes.set_xticks(**ticks)
     axes.set_yticks(**ticks)
@@ -318,12 +322,14 @@ def fgra_regions(model: "TrackletModel", tracklet: Tracklet, *, clip: int = 0, s
             axes.set_title(f"{part.numbers[t]}: {scores[t, n]:.3f}", fontsize=7)
             if gates is not None:
                 least, most = gates[n][places].min(), gates[n][places].max()
-                _overlay(axes, image, gates[n, t], vmin=least, vmax=most, alpha=0.6)
+                drawn = _overlay(axes, image, gates[n, t], vmin=least, vmax=most, alpha=0.6)
             if gates is None or t == chosen[0]:
                 top, bottom = n * H // N, -(-(n + 1) * H // N)  # adaptive pooling's rows of the map
                 axes.axhspan(*(image.shape[0] * y / H - 0.5 for y in (top, bottom)), fill=False, color=f"C{n}", lw=2)
         weight = "" if weights is None else f"\nweight {weights[0, n]:.3f}"
         row[0].set_ylabel(f"region {n + 1}{weight}", fontsize=7, color=f"C{n}")
+        if gates is not None:
+            above.colorbar(drawn, ax=list(row)).solids.set(alpha=1)
     axes = below.subplots()
     for n in range(N):
         axes.plot(part.numbers[places], scores[places, n], color=f"C{n}", marker="o", markersize=3, label=n + 1)
@@ -462,7 +468,7 @@ def _map_rows(
     places = np.flatnonzero(part.real)
     chosen = places[_spread(len(places), shown)]
     images = _images(tracklet, part.numbers[chosen])
-    figure = _figure(figsize=(max(4, 0.8 * len(chosen) + 1.2), 1.65 * (1 + len(rows)) + 0.3))
+    figure = _figure("compressed", figsize=(max(4, 0.8 * len(chosen) + 1.2), 1.65 * (1 + len(rows)) + 0.3))
     grid = figure.subplots(1 + len(rows), len(chosen), squeeze=False)
     for axes, t, image in zip(grid[0], chosen, images, strict=True):
         _draw(axes, image)
@@ -495,7 +501,9 @@ def _draw(axes: "Axes", image: np.ndarray, colour: str | None = None) -> None:
 def _overlay(axes: "Axes", image: np.ndarray, values: np.ndarray, **options) -> "AxesImage":
     h, w = image.shape[:2]
     extent = (-0.5, w - 0.5, h - 0.5, -0.5)
-    return axes.imshow(values, extent=extent, **{"cmap": "magma", "interpolation": "bilinear", **options})
+    drawn = axes.imshow(values, extent=extent, **{"cmap": "magma", "interpolation": "bilinear", **options})
+    drawn.set_cmap(drawn.get_cmap().with_extremes(bad="0.5"))  # NaN
+    return drawn
 
 
 def _images(tracklet: Tracklet | Sequence[Tensor], numbers: Iterable[int]) -> list[np.ndarray]:
@@ -508,11 +516,15 @@ def _middle(tracklet: Tracklet) -> np.ndarray:
     return _images(tracklet, [len(tracklet) // 2])[0]
 
 
-def _spread(count: int, shown: int) -> np.ndarray:
-    """At most ``shown`` of ``count`` places, the first and the last among them."""
+def _spread(count: int, shown: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """At most ``shown`` of ``count`` places, first and last among them; the heaviest takes the nearest one's place."""
     if shown < 1:
         raise ValueError(f"shown must be at least 1 frame, got {shown}.")
-    return np.linspace(0, count - 1, min(count, shown)).round().astype(int)
+    places = np.linspace(0, count - 1, min(count, shown)).round().astype(int)
+    if weights is not None:
+        heaviest = weights.argmax()
+        places[np.abs(places - heaviest).argmin()] = heaviest
+    return places
 
 
 def _numpy(x: Tensor) -> np.ndarray:

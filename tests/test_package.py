@@ -24,6 +24,8 @@ def test_the_wheel_is_whole(tmp_path):
     assert modules | {"temporal_agg/py.typed", "temporal_agg/models/manifest.json"} == {
         name for name in names if name.startswith("temporal_agg/")
     }
+    about = f"temporal_agg-{temporal_agg.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"temporal_agg", about}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = {
         line.split(": ")[1].split(">")[0] for line in lines if line.startswith("Requires-Dist") and ";" not in line

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 import temporal_agg
-from temporal_agg import ClipConfig, Tracklet, TrackletModel, create_aggregator, evaluate, plot
+from temporal_agg import ClipConfig, Details, Tracklet, TrackletModel, create_aggregator, evaluate, plot
 from temporal_agg.retrieval.evaluate import ranked_gallery
 
 C = 8
@@ -70,6 +70,15 @@ def labelled(figure, label):
     return axes
 
 
+def cut_off(figure):
+    """Titles and labels that run over the edges of the page."""
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    boxes = {text.get_text(): text.get_window_extent() for text in texts if text.get_text()}
+    return [t for t, b in boxes.items() if min(b.x0, b.y0) < -0.5 or b.x1 > width + 0.5 or b.y1 > height + 0.5]
+
+
 def bars(figure):
     return {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in labelled(figure, "weight").patches}
 
@@ -102,6 +111,18 @@ def test_ranked_lists_show_what_an_evaluation_counts():
     assert shown == [[32, 31, 42, 22, 21], [21, 31, 22, 42]]  # the query, then its list without junk and its own camera
     colours = [[to_hex(axes.spines["left"].get_edgecolor()) for axes in row if axes.images][1:] for row in grid]
     assert colours == [[plot.HIT, plot.WRONG, plot.WRONG, plot.WRONG], [plot.WRONG, plot.HIT, plot.WRONG]]
+
+
+def test_a_long_name_fits_beside_its_query():
+    long = Tracklet([np.zeros((8, 4, 3), np.uint8)], 1, 1, "query/0001/camera 1/a tracklet of the afternoon_0001")
+    figure = plot.ranked_lists(np.zeros((2, 3)), [long] * 2, [tracklet(2, 2)] * 3, [0, 1], ranks=3)
+    assert cut_off(figure) == []
+    grid = np.array(figure.axes).reshape(2, 4)
+    labels = [axes.yaxis.label for axes in grid[:, 0]]
+    assert ["".join(label.get_text().split()) for label in labels] == ["".join(long.name.split())] * 2
+    above, below = (label.get_window_extent() for label in labels)
+    assert above.y0 > below.y1
+    assert above.x1 <= grid[0, 0].get_window_extent().x0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -156,13 +177,23 @@ def test_one_clip_alone():
 def test_titles_and_colours_say_which_frames_are_shown():
     clip = ClipConfig(length=3, test_sampling="all")
     figure = plot.frame_weights(model("attention", clip), walk(30), shown=4)
-    assert pictures(figure) == [0, 10, 19, 29]
     weights = bars(figure)
+    shown = pictures(figure)
     titles = [axes.get_title() for axes in figure.axes if axes.images]
-    assert titles == [f"{i}\n{weights[i]:.3f}" for i in (0, 10, 19, 29)]
+    assert titles == [f"{i}\n{weights[i]:.3f}" for i in shown]
     axes = labelled(figure, "weight")
-    assert [i for i, bar in enumerate(axes.patches) if to_hex(bar.get_facecolor()) == plot.SHOWN] == [0, 10, 19, 29]
+    assert [i for i, bar in enumerate(axes.patches) if to_hex(bar.get_facecolor()) == plot.SHOWN] == shown
     assert axes.lines[0].get_ydata() == pytest.approx([1 / 30, 1 / 30])
+
+
+@pytest.mark.parametrize(("heaviest", "shown"), [(0, [0, 10, 19, 29]), (16, [0, 10, 16, 29]), (28, [0, 10, 19, 28])])
+def test_the_frame_that_counts_most_is_shown(heaviest, shown):
+    weights = torch.full((1, 30), 0.01)
+    weights[0, heaviest] = 0.71
+    maps = {"tsa": weights[0, :, None].expand(1, 30, 30)}
+    details = Details(torch.zeros(1, C), torch.ones(1, 30, dtype=torch.bool), weights, maps, {})
+    for figure in (plot.frame_weights, plot.tsa_mask):
+        assert pictures(figure(details, walk(30), shown=4)) == shown
 
 
 def test_details_and_padding():
@@ -202,6 +233,18 @@ def test_the_mask_of_tsa_has_its_sources_in_rows():
     assert axes.images[0].origin == "upper"
 
 
+@pytest.mark.parametrize("length", [1, 12])
+def test_the_mask_of_tsa_stands_below_its_frames_on_a_scale_from_zero(length):
+    figure = plot.tsa_mask(model("gltr", ClipConfig(test_sampling="all")), walk(length))
+    figure.draw_without_rendering()
+    axes = labelled(figure, "from frame")
+    low, high = axes.images[0].get_clim()
+    assert low == 0
+    assert high == pytest.approx(axes.images[0].get_array().max())
+    box = axes.get_window_extent()
+    assert abs((box.x0 + box.x1) / 2 / figure.bbox.width - 0.5) < 0.1
+
+
 def test_correlation_maps_are_high_and_low():
     m, walking = model("grl", ClipConfig(test_sampling="all")), walk(5)
     R = details_of(m, walking).maps["correlation"][0, :, 0].numpy()
@@ -216,11 +259,14 @@ def test_correlation_maps_are_high_and_low():
 @pytest.mark.parametrize("quality", ["frames", "features"])
 def test_parts_of_laq_lie_where_they_were_read(quality):
     m, walking = model("loga", clip_length=4, part_size=10, quality=quality), walk(4)
-    maps = overlays(plot.laq_parts(m, walking))
+    figure = plot.laq_parts(m, walking)
+    maps = overlays(figure)
     H, W = SIZE if quality == "frames" else (8, 4)
     assert maps.shape == (4, H, W)
     flat = maps.reshape(4, -1)
     whole = H * W // 10
+    image = next(axes.images[1] for axes in figure.axes if len(axes.images) == 2)
+    assert to_hex(image.to_rgba(np.ma.masked_all(1))[0]) == "#808080"
     assert np.isnan(flat[:, 10 * whole :]).all()
     assert not np.isnan(flat[:, : 10 * whole]).any()
     frames = torch.stack(walking.load(range(4))) / 255
@@ -241,6 +287,9 @@ def test_regions_of_fgra():
     _, scores = m.aggregator.gam(features, details.supervised["templates"])
     gates = overlays(figure).reshape(3, 5, 8, 4)
     np.testing.assert_allclose(gates.mean((2, 3)), scores[0].mean(2).T.detach(), rtol=1e-5)  # Eq. 5
+    images = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    assert [image.get_clim() for image in images[::5]] == [axes.get_ylim() for axes in bars]  # a scale for each region
     lines = labelled(figure, "score").lines
     curves = np.array([line.get_ydata() for line in lines])
     np.testing.assert_allclose(curves, details.maps["region_scores"][0].T, rtol=1e-5)
@@ -267,9 +316,20 @@ def test_plain_stripes_have_frames_and_no_gates():
 def test_any_length_fits_the_page(name, length):
     m = model(OF_A_MODEL[name], None if name == "laq_parts" else ClipConfig(test_sampling="all"))
     figure = getattr(plot, name)(m, walk(length), shown=5)
-    figure.draw_without_rendering()
+    assert cut_off(figure) == []
     assert len(set(pictures(figure))) == min(length, 5)
     assert figure.get_figwidth() <= 7
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("figure", ["laq_parts", "correlation_maps"])
+def test_a_map_stands_below_its_frame(figure, length):
+    clip = ClipConfig(length=10, fill="mask")
+    drawn = getattr(plot, figure)(model(OF_A_MODEL[figure], clip), walk(length))
+    drawn.draw_without_rendering()
+    places = [axes.get_window_extent().x0 for axes in drawn.axes if axes.images]
+    rows = np.array(places[: len(places) // length * length]).reshape(-1, length)
+    assert np.ptp(rows, axis=0).max() < 1
 
 
 def test_the_model_keeps_its_mode_and_gradients_stay_out():

@@ -1,21 +1,30 @@
-"""The README's Python blocks run, in order, each in a fresh namespace; what it promises by name exists."""
+"""The README's Python blocks run, in order, each in a fresh namespace; its commands and what it names exist."""
 
 import re
-from pathlib import Path
+import shlex
 
+import documents
 import pytest
+from documents import ROOT
 
 import temporal_agg
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [code for language, code in documents.blocks(ROOT / "README.md") if language == "python"]
+SHELL = [code for language, code in documents.blocks(ROOT / "README.md") if language == "bash"]
+COMMANDS = [words for code in SHELL for words in documents.commands(code)]
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_commands_parse(words, monkeypatch):
+    monkeypatch.chdir(ROOT)  # they name files from here
+    documents.check(words)
 
 
 def test_every_aggregator_and_every_file_named_exists():

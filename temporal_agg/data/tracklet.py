@@ -110,7 +110,7 @@ class Tracklet:
             indices: of which frames, in the order wanted; none checks that the flow is there.
 
         Returns:
-            One float32 tensor ``[2, h, w]`` each: dx (to the right) and dy (down) from the frame to the next one of the
+            One float32 tensor ``[2, h, w]`` each, dx (to the right) and dy (down) from the frame to the next one of the
             tracklet, in pixels of ``h x w``, which need not be the frames' size. The last frame repeats the one before.
 
         Raises:
@@ -223,6 +223,12 @@ class TrackletData:
         for split in ("query", "gallery"):
             if not getattr(self, split):
                 raise ValueError(f"data set {self.name!r} has no {split} tracklet: nothing can be retrieved.")
+        junk = [t for t in self.query if t.pid < 0]
+        if junk:
+            raise ValueError(
+                f"data set {self.name!r} has {len(junk)} query tracklets of persons below 0, which is junk, such as "
+                f"{junk[0].name!r}: nobody can search for them. Take them out of the queries."
+            )
         common = {t.pid for t in self.query} & {t.pid for t in self.gallery if t.pid >= 0}
         if not common:
             raise ValueError(
@@ -230,13 +236,19 @@ class TrackletData:
                 f"(query: {_some(t.pid for t in self.query)}; gallery: {_some(t.pid for t in self.gallery)}): no query "
                 "has a match. Name an identity by the same number in both."
             )
-        cameras: dict[int, set[int]] = {}
+        cameras: dict[int, list[int]] = {}
         for t in self.gallery:
-            cameras.setdefault(t.pid, set()).add(t.camera)
-        if not any(t.camera == -1 or cameras[t.pid] - {t.camera} for t in self.query if t.pid in common):
+            cameras.setdefault(t.pid, []).append(t.camera)
+        itself = [own >= 0 for own in self.query_index]
+        if not any(
+            len(cameras[t.pid]) > own if t.camera == -1 else set(cameras[t.pid]) - {t.camera}
+            for t, own in zip(self.query, itself, strict=True)
+            if t.pid in common
+        ):
             raise ValueError(
-                f"every query of data set {self.name!r} has its matches in its own camera only, where they are ignored:"
-                " no query has a match. If the camera is unknown or there is just one, set it to -1."
+                f"every query of data set {self.name!r} has its matches in its own camera only, or no other tracklet "
+                "than itself, which are ignored: no query has a match. If the camera is unknown or there is just one, "
+                "set it to -1."
             )
         return self
 

@@ -73,7 +73,7 @@ class HubMixin:
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes ``config.json`` and ``model.safetensors``.
 
-        Each file is written under a temporary name and renamed, so that an interrupted call leaves no broken file.
+        Both are written under temporary names before either is renamed: an interrupted call leaves what was there.
 
         Args:
             directory: made if it does not exist; files of an earlier call are replaced.
@@ -97,8 +97,11 @@ class HubMixin:
             safetensors.torch.save_file(weights, path, metadata)
             _sort_metadata(path)
 
-        replace_file(directory / WEIGHTS, write)
-        replace_file(directory / CONFIG, lambda path: path.write_text(content, encoding="utf-8"))
+        def write_config(path: Path) -> None:
+            path.write_text(content, encoding="utf-8")
+            replace_file(directory / WEIGHTS, write)
+
+        replace_file(directory / CONFIG, write_config)
 
     def push_to_hub(
         self,
@@ -121,7 +124,7 @@ class HubMixin:
             commit_message: the first line of the commit's message.
 
         Returns:
-            The commit: ``create_model("hf-hub:<repo_id>@<commit>")`` gets this model whatever is pushed later.
+            The commit. ``create_model("hf-hub:<repo_id>@<commit>")`` gets this model whatever is pushed later.
 
         Raises:
             ValueError: as :meth:`save_pretrained`.
@@ -332,13 +335,20 @@ def upload(
     private: bool,
     token: str | None,
     commit_message: str,
+    files: list[str] | None = None,
 ) -> str:
-    """Puts the files of a directory on the Hub in one commit, and returns that."""
+    """Puts the files of a directory, or some, on the Hub in one commit, and returns that."""
     api = huggingface_hub.HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.upload_folder(repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message)
+    info = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        revision=revision,
+        commit_message=commit_message,
+        allow_patterns=files,
+    )
     return info.oid
 
 

@@ -100,10 +100,11 @@ def test_retrieval_needs_a_query_that_has_a_match():
     with pytest.raises(ValueError, match="no query tracklet"):
         TrackletData([], [], query).check_retrieval()
     unknown = tracklets((1, -1))
-    TrackletData([], unknown, tracklets((1, -1))).check_retrieval()
-    junk = tracklets((-1, 1))
-    with pytest.raises(ValueError, match="no identity in common"):
-        TrackletData([], junk, tracklets((-1, 2))).check_retrieval()
+    TrackletData([], unknown, tracklets((1, -1), (1, -1))).check_retrieval()
+    with pytest.raises(ValueError, match="no other tracklet than itself"):
+        TrackletData([], unknown, unknown).check_retrieval()
+    with pytest.raises(ValueError, match="1 query tracklets of persons below 0"):
+        TrackletData([], tracklets((1, 1), (-1, 1)), tracklets((1, 2)), "d").check_retrieval()
 
 
 def test_query_index_finds_a_query_in_the_gallery():

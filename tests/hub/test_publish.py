@@ -132,10 +132,23 @@ def test_places_of_the_trainers_machine_are_taken_out(publish):
     settings = {"data": "mars", "root": "/data/my mars", "out": "/home/me/runs", "init": "/home/me/runs/a/stage1"}
     command = "/home/me/agg/recipes/train.py --config recipes/configs/grl_mars.yaml --root /data/my mars"
     environment = {"command": command, "processes": 4}
-    got = publish.without_paths({"settings": settings, "environment": environment}, Path("/home/me/runs/a"))
+    found = {"settings": settings, "environment": environment, "flow_root": "/home/alice/flow"}
+    got = publish.without_paths(found, found, Path("/home/me/runs/a"))
+    assert got["flow_root"] == "<path>/flow"
     assert got["settings"] == {"data": "mars", "root": "<root>", "out": "<out>", "init": "<out>/a/stage1"}
     expected = "torchrun --nproc_per_node 4 recipes/train.py --config recipes/configs/grl_mars.yaml --root <root>"
     assert publish.command_of(got["environment"]) == expected
+
+
+@pytest.mark.parametrize("root", ["data", ".", "/data"])
+def test_a_place_is_taken_out_where_it_is_one(publish, root):
+    settings = {"data": f"folder:{root}", "root": "", "out": "runs", "lr": "0.001"}
+    command = f"train.py --data folder:{root} --lr 0.001 --data-options a=data.csv"
+    found = {"settings": settings, "command": command, "map": 0.5, "see": ["https://a.org/b", f"{root}/train/1"]}
+    got = publish.without_paths(found, found, Path("/home/me/runs/a"))
+    assert got["settings"] == {"data": "folder:<root>", "root": "", "out": "<out>", "lr": "0.001"}
+    assert got["command"] == "train.py --data folder:<root> --lr 0.001 --data-options a=data.csv"
+    assert (got["map"], got["see"]) == (0.5, ["https://a.org/b", "<root>/train/1"])
 
 
 @pytest.mark.parametrize("name", ["loga", "star", "gsta", "gltr_released", "fgra", "grl_released", "mean"])

@@ -96,6 +96,29 @@ def test_compiled_forms_stand_beside_ours(benchmark, monkeypatch, capsys):
             assert len(row[mode]["all_ms"]["compiled"]) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, in its exporter
+def test_exported_forms_stand_beside_ours(benchmark, capsys):
+    argv = ["--names", "mean,attention", "--backbone", "none", "--no-memory", "--export"]
+    rows = benchmark.main(["aggregators", *MINIATURE, *argv])["rows"]
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("backward" in line for line in lines)
+    title = next(i for i, line in enumerate(lines) if line.split()[-4:] == ["ms", "exported", "ms", "onnx"])
+    for row, line in zip(rows, lines[title + 1 :], strict=True):
+        ms = row["forward"]["ms"]
+        cells = [f"{x:.2f}" for key in ("exported", "onnx") for x in (ms[key], ms["ours"] / ms[key])]
+        assert line.split()[-4:] == cells
+        assert len(row["forward"]["all_ms"]["onnx"]) == 2
+
+    _, args = benchmark.parse(["aggregators", *MINIATURE, *argv])
+    # With images, with optical flow.
+    for *case, options in (("aggregator", "loga", {}), ("model", "star_resnet10t", {"hidden_features": 8})):
+        ours = benchmark.build(*case, benchmark.changed(args, options=options))
+        works = benchmark.exported(ours)
+        ours.prepare(False)
+        for work in works.values():
+            np.testing.assert_allclose(work.run(), ours.run(), rtol=1e-3, atol=1e-5)
+
+
 def test_table_and_json(benchmark, tmp_path, capsys):
     file = tmp_path / "bench.json"
     argv = ["--names", "mean,loga", "--systems", "star_resnet10t", "--backbone", "resnet10t", "--out", str(file)]
@@ -231,6 +254,7 @@ def test_peak_memory_of_retrieval(benchmark):
         (["aggregators", "--names", "fgra", "--options", "regions=3"], "has no option regions"),
         (["aggregators", "--options", "num_regions"], "takes KEY=VALUE, got num_regions"),
         (["aggregators", "--size", "256"], "HEIGHTxWIDTH"),
+        (["aggregators", "--export", "--dtype", "bfloat16"], "for the CPU and float32, got cpu and bfloat16"),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x) or "nothing",
 )

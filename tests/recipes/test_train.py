@@ -168,7 +168,7 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(recipe
 def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
     argv = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--name", "one", "--out", str(tmp_path)]
     argv += ["--optimizer", "sgd", "--lr", "1e30", "--warmup", "0", "--schedule", "constant"]
-    with pytest.raises(SystemExit, match=r"in epoch 1, batch 2, identities \[\d, \d\]. What came before is saved"):
+    with pytest.raises(SystemExit, match=r"in epoch 1, batch 2, identities \[\d, \d\]. The last sound state is saved"):
         recipe("train").main(argv)
     (checkpoint,) = recipe("train").checkpoints(tmp_path / "one")
     assert torch.load(checkpoint, weights_only=True)["progress"]["batch"] == 1

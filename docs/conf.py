@@ -1,0 +1,71 @@
+"""The documentation: python -m sphinx -W -n docs build/docs"""
+
+import re
+from pathlib import Path
+
+from docutils.nodes import Element, TextElement
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+import temporal_agg
+
+project = "temporal-agg"
+version = release = temporal_agg.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "alabaster"
+html_theme_options = {
+    "description": "Temporal aggregators for video person re-identification",
+    "page_width": "1100px",
+    "sidebar_width": "240px",
+}
+html_show_copyright = html_show_sourcelink = False
+html_copy_source = False
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # torch's own text for forward says nothing
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
+napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signatures have the types
+
+# Other projects' objects: nothing is downloaded to link them.
+nitpick_ignore_regex = [("py:.*", r"(?!temporal_agg\.)\w+(\.\w+)+")]
+nitpick_ignore = [("py:class", "Figure"), ("py:class", "Tensor")]
+
+
+def resolve(app: Sphinx, env: BuildEnvironment, node: Element, contnode: TextElement) -> Element | None:
+    """Links a name of ours by its last part: data.Tracklet is documented as temporal_agg.Tracklet."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or ("." in target and not target.startswith("temporal_agg.")):
+        return None
+    last = target.rpartition(".")[2]
+    objects = env.get_domain("py").objects
+    found = [(name, x) for name, x in objects.items() if not x.aliased and name.rpartition(".")[2] == last]
+    if len(found) != 1:
+        return None
+    ((name, x),) = found
+    return make_refnode(app.builder, node["refdoc"], x.docname, x.node_id, contnode, name)
+
+
+def escape(app: Sphinx, what: str, name: str, obj: object, options: dict, lines: list[str]) -> None:
+    """Without a backslash, what stands behind ``in_features: C.`` would be the third item of a list A., B., C."""
+    lines[:] = [re.sub(r"(: )(?=[A-Za-z]\.( |$))", r"\1\\", line) for line in lines]
+
+
+def skip(app: Sphinx, what: str, name: str, obj: object, skipped: bool, options: dict) -> bool | None:
+    """The fields of a NamedTuple are in its docstring."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def readme_links(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """What the README links beside the pages of docs/ (licence, scripts, ...) can be downloaded."""
+    content[0] = re.sub(r"(?<!!)(\[[^]]*\])\((?!\w+:|#|docs/)([^)]+)\)", r"\1(path:../\2)", content[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("missing-reference", resolve)
+    app.connect("include-read", readme_links)
+    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip)

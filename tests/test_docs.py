@@ -1,0 +1,122 @@
+"""The documentation: it builds without a warning, has every public name once, and its code runs."""
+
+import functools
+import importlib.util
+import zlib
+from collections import Counter
+
+import documents
+import pytest
+import torch
+
+import temporal_agg
+from temporal_agg import aggregators, cli, data, export, losses, models, plot, retrieval
+from temporal_agg.aggregators import registry
+from temporal_agg.losses import criteria
+
+DOCS = documents.ROOT / "docs"
+KINDS = ("py:class", "py:exception", "py:function", "py:module")
+SLOW = ("recipes/benchmark.py", "recipes/study.py")
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(documents.blocks(page))]
+
+# Torch's own compiler and exporter import modules that warn about each other.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::PendingDeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """Builds the site; how often each object is documented, by its id, and the names that they have there."""
+    from sphinx.cmd.build import main
+
+    out = tmp_path_factory.mktemp("docs")
+    status = main(["-q", "-n", "-W", "--keep-going", "-d", str(out / "doctrees"), str(DOCS), str(out / "html")])
+    assert status == 0, "see the warnings above"
+    content = (out / "html" / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    rows = [line.split(" ") for line in zlib.decompress(content).decode().splitlines()]
+    names = [name for name, kind, priority, *_ in rows if kind in KINDS and priority != "-1"]  # an alias
+    counts = Counter(id(functools.reduce(getattr, name.split(".")[1:], temporal_agg)) for name in names)
+    return counts, names
+
+
+def test_every_public_name_is_documented_once(documented):
+    counts, names = documented
+    assert [name for name in temporal_agg.__all__ if f"temporal_agg.{name}" not in names] == []
+    for part in (temporal_agg, aggregators, data, export, losses, models, plot, retrieval):
+        wrong = {f"{part.__name__}.{name}": counts[id(getattr(part, name))] for name in part.__all__}
+        assert {name: count for name, count in wrong.items() if count != 1} == {}
+
+
+def test_every_registered_class_is_documented(documented):
+    """Where the options of create_aggregator and create_criterion are explained."""
+    registered = {name: entry.build for name, entry in registry._REGISTRY.items()} | criteria._CRITERIA
+    assert [name for name, build in registered.items() if id(build) not in documented[0]] == []
+
+
+@pytest.fixture
+def page_runner(tmp_path, monkeypatch):
+    """Runs a page's blocks in order, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # pages register names
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # other tests' graphs count, too
+
+    def run(page):
+        names = {"__name__": page.stem}
+        for language, code in documents.blocks(page):
+            if language == "python":
+                exec(compile(code, str(page), "exec"), names)
+            elif language == "bash":
+                for words in documents.commands(code):
+                    run_command(words)
+
+    return run
+
+
+def run_command(words):
+    documents.check(words)
+    script = documents.script_of(words)
+    if words[0] == "temporal-agg":
+        assert cli.main(words[1:]) == 0
+    elif script is not None and words[0] == "python" and script[0] not in SLOW:
+        documents.load(script[0]).main(script[1])
+    else:
+        print(f"parsed, not run (it installs, tests, measures or wants several processes): {' '.join(words)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_run(page, page_runner):
+    page_runner(page)
+
+
+def test_the_new_aggregator_keeps_the_contract(page_runner):
+    page_runner(DOCS / "adding_an_aggregator.md")
+    path = documents.ROOT / "tests" / "aggregators" / "test_contract.py"
+    spec = importlib.util.spec_from_file_location("contract", path)
+    contract = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(contract)
+    contract.test_masked_clip_equals_the_clip_of_its_real_frames(contract.build("moments"))
+    contract.test_masks_in_training_with_gradients("moments", contract.build("moments"), (1, 5, 3))
+    contract.test_every_parameter_has_a_finite_gradient(contract.build("moments"), masked=True)
+    contract.test_exports_with_a_mask(contract.build("moments"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python recipes/train.py --epoch-count 3",
+        "python recipes/train.py --config recipes/configs/nothing.yaml",
+        "torchrun --nproc_per_node 2 recipes/evaluate.py runs/mine --no-such",
+        "python examples/absent.py",
+        "temporal-agg embed people",
+        "pip install -e '.[nothing]'",
+        "python -m pytest tests/absent.py",
+        "rm -r runs",
+    ],
+)
+def test_wrong_commands_are_found(wrong):
+    (words,) = documents.commands(wrong)
+    with pytest.raises((SystemExit, ValueError)):
+        documents.check(words)
