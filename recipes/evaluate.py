@@ -230,12 +230,16 @@ def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
     return model
 
 
-def own_data(name: str) -> tuple[dict, str]:
-    """The data that a run was trained for, and the place of its optical flow."""
+def settings_of(run: str) -> dict:
     try:
-        settings = json.loads((Path(name) / "settings.json").read_text())["settings"]
+        return json.loads((Path(run) / "settings.json").read_text())["settings"]
     except FileNotFoundError:
-        raise ValueError(f"{name} does not say what to evaluate on: pass --data.") from None
+        raise ValueError(f"{run} does not say what to evaluate on: pass --data.") from None
+
+
+def own_data(run: str) -> dict:
+    """The data that a run was trained for."""
+    settings = settings_of(run)
     spec = f"{settings['data']}:{settings['root']}" if settings["root"] else settings["data"]
     return {
         "spec": spec,
@@ -243,18 +247,17 @@ def own_data(name: str) -> tuple[dict, str]:
         "split": settings["split"],
         "identity_splits": settings["identity_splits"],
         "seed": settings["split_seed"],
-    }, settings.get("flow_root", "")
+    }
 
 
-def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str]:
+def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str | None]:
     """What to evaluate on, and where its flow is. A benchmark on which the run was trained is split as it was there."""
     if not args.data:
-        source, flow_root = own_data(name)
-        return source, args.flow_root or flow_root
+        return own_data(name), args.flow_root or settings_of(name).get("flow_root")
     source = {"spec": args.data, "options": args.data_options, "split": args.split, "identity_splits": 0, "seed": 0}
     benchmark = args.data.partition(":")[0]
     if not args.split and benchmark not in ("folder", "csv") and (Path(name) / "settings.json").is_file():
-        own, _ = own_data(name)
+        own = own_data(name)
         if own["spec"].partition(":")[0] == benchmark:
             source |= {key: own[key] for key in ("split", "identity_splits", "seed")}
     return source, args.flow_root

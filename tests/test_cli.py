@@ -145,6 +145,44 @@ def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys)
     np.testing.assert_allclose(found["embeddings"], reference(models, folder, names, "second"), rtol=1e-4, atol=1e-6)
 
 
+def test_models_without_weights_of_their_own_are_told_apart(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    mean = temporal_agg.create_model("mean_resnet10t", img_size=(32, 16))
+    other = temporal_agg.TrackletModel(mean.encoder, temporal_agg.create_aggregator("max", mean.encoder.num_features))
+    for name, model in (("mean", mean), ("max", other)):
+        model.save_pretrained(tmp_path / name)
+        command = ["embed", str(folder), "-o", str(tmp_path / f"{name}.npz"), "--model", str(tmp_path / name)]
+        assert cli.main(command) == 0
+    assert cli.main(["search", str(tmp_path / "mean.npz"), str(tmp_path / "max.npz")]) == 1
+    assert "embeddings of different models" in capsys.readouterr().err
+
+
+def test_files_of_others_are_left_alone(embed, tmp_path, capsys):
+    part = tmp_path / "out.npz.part"
+    for content in (b"\x00\x01 half a download", b"[1, 2]\n", b"{}\n"):
+        part.write_bytes(content)
+        assert embed()[0] == 1
+        assert "is no file of temporal-agg" in capsys.readouterr().err
+        assert part.read_bytes() == content
+    part.unlink()
+    embed()
+    gallery = str(tmp_path / "out.npz")
+    assert cli.main(["search", gallery, gallery, "-o", gallery]) == 1
+    assert "is the gallery" in capsys.readouterr().err
+    assert np.load(gallery)["embeddings"].shape == (5, 512)
+
+
+def test_links_to_one_folder_are_tracklets_and_circles_end(folder, capsys):
+    (folder / "linked").symlink_to(folder / "0001")
+    (folder / "0002" / "back").symlink_to(folder)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.tif").write_bytes(b"")
+    names = [t.name for t in cli.find_tracklets(folder)[0]]
+    assert {"linked/1_a", "0001/1_a"} <= set(names)
+    assert len(names) == 7
+    assert "left out 1 folders" in capsys.readouterr().err
+
+
 def test_search(embed, models, folder, tmp_path, capsys):
     embed()
     gallery = str(tmp_path / "out.npz")

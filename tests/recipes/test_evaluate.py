@@ -115,12 +115,20 @@ def test_several_splits_are_a_mean_and_a_deviation(recipe, tmp_path, capsys):
     assert [e["map"] for e in results["prid"]] == pytest.approx([m["map"] for m in trained])
     values = 100 * np.array([m["map"] for m in trained])
     assert f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" in capsys.readouterr().out
+    # The data set by name: each run on its own split, for the people of the others were in its training
+    results = evaluate(recipe, *runs[1:3], *options[:2], "--data-options", "cache=false", "--no-figures")
+    assert [e["split"] for e in results["prid"]] == [1, 2]
+    assert [e["map"] for e in results["prid"]] == pytest.approx([m["map"] for m in trained[1:3]])
+    assert (runs[2] / "evaluation" / "prid-2011-split2" / "metrics.json").is_file()
     # One model on all splits
     results = evaluate(recipe, runs[0], *options[:4], "--data-options", "cache=false", "--no-figures")
     assert [e["split"] for e in results["prid"]] == list(range(10))
 
 
-def test_what_cannot_be_evaluated_is_said(recipe, run, tmp_path):
+def test_what_cannot_be_evaluated_is_said(recipe, run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(recipe, run, "--split", "3")
+    assert "--split and --data-options are of --data" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--clip has no lenght"):
         evaluate(recipe, run, "--clip", "lenght=3")
     with pytest.raises(SystemExit, match="is not the name of a model: use"):

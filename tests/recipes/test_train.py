@@ -171,7 +171,37 @@ def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
     with pytest.raises(SystemExit, match=r"in epoch 1, batch 2, identities \[\d, \d\]. The last sound state is saved"):
         recipe("train").main(argv)
     (checkpoint,) = recipe("train").checkpoints(tmp_path / "one")
-    assert torch.load(checkpoint, weights_only=True)["progress"]["batch"] == 1
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["progress"]["batch"] == 1
+    assert all(value.isfinite().all() for value in state["model"].values())  # BatchNorm's statistics, too
+
+
+def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(recipe, tmp_path):
+    options = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--epochs", "3", "--out", str(tmp_path)]
+    options += ["--save-every", "2", "--keep", "9"]
+    for name in ("whole", "killed"):
+        recipe("train").main([*options, "--name", name])
+    killed = tmp_path / "killed"
+    *later, first = recipe("train").checkpoints(killed)
+    assert torch.load(first, weights_only=True)["progress"]["batch"] == 2  # of the 2 that an epoch has
+    for path in (*later, killed / "metrics.json"):
+        path.unlink()
+    recipe("train").main([*options, "--name", "killed"])
+    equal_runs(tmp_path / "whole", killed)
+
+
+def test_other_tracklets_are_another_run(recipe, tmp_path):
+    options = ["--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
+    recipe("train").main([*MINIATURE, *options])
+    train = recipe("train")
+    datasets = [train.data.open_dataset("synthetic", num_identities=8, num_cameras=2, seed=s) for s in (0, 0, 1)]
+    keys = [train.tracklets_of(dataset) for dataset in datasets]
+    assert keys[0] == keys[1] != keys[2]
+    settings = json.loads((tmp_path / "one" / "settings.json").read_text())
+    settings["settings"]["tracklets"] = keys[2]
+    (tmp_path / "one" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match=r"holds a run with other settings \(tracklets: "):
+        train.main([*MINIATURE, *options])
 
 
 def test_accumulated_batches_make_one_step(recipe, tmp_path):
@@ -267,6 +297,20 @@ def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normal
     equal_runs(tmp_path / "one", tmp_path / "two")
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in launch]
     assert metrics[0]["map"] == pytest.approx(metrics[1]["map"], abs=1e-6)
+
+
+def test_two_processes_evaluate_the_model_that_is_saved(tmp_path):
+    """BatchNorm's statistics are each process's own until they are broadcast."""
+    options = ["--model", "mean_resnet10t", "--epochs", "4", "--lr", "0.01", "--out", str(tmp_path), "--name", "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *MINIATURE, *options], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = temporal_agg.create_model(f"local-dir:{tmp_path / 'two'}")
+    dataset = temporal_agg.data.open_dataset("synthetic", num_identities=8, length=[4, 9], num_cameras=2)
+    expected = load_file(tmp_path / "two" / "reference.safetensors")["gallery"]
+    got = temporal_agg.embed_tracklets(model, dataset.gallery[: len(expected)], progress=False)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
