@@ -20,7 +20,9 @@ def train(dataset: data.TrackletData, model: TrackletModel, epochs: int) -> list
     optimizer = torch.optim.Adam([*model.parameters(), *class_loss.parameters()], lr=3e-4)
 
     config = model.data_config
-    transform = data.ClipTransform(config["input_size"][1:], config["mean"], config["std"], train=True)
+    transform = data.ClipTransform(
+        config["input_size"][1:], config["mean"], config["std"], config["interpolation"], train=True
+    )
     batches = data.IdentityBatchSampler([t.pid for t in dataset.train], identities_per_batch=4, clips_per_identity=4)
     clips = data.ClipDataset(dataset.train, dataset.label_map, transform, length=4)
     loader = DataLoader(clips, batch_sampler=batches, collate_fn=data.collate_clips)

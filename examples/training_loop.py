@@ -42,7 +42,9 @@ def train(dataset: data.TrackletData, epochs: int, name: str = "gltr") -> Trackl
     optimizer = torch.optim.Adam([*cnn.parameters(), *aggregator.parameters(), *criterion.parameters()], lr=1e-3)
 
     config = cnn.data_config
-    transform = data.ClipTransform(config["input_size"][1:], config["mean"], config["std"], train=True)
+    transform = data.ClipTransform(
+        config["input_size"][1:], config["mean"], config["std"], config["interpolation"], train=True
+    )
     batches = data.IdentityBatchSampler([t.pid for t in dataset.train], identities_per_batch=4, clips_per_identity=4)
     clips = data.ClipDataset(dataset.train, dataset.label_map, transform, length=6)
     loader = DataLoader(clips, batch_sampler=batches, collate_fn=data.collate_clips)

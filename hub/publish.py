@@ -101,6 +101,9 @@ PAPERS = {  # authors, title, venue, year; and what it reports: rank-1 and mAP b
 PAPERS["gsta"] = PAPERS["star"]
 
 
+FLOW = " It reads optical flow, too: temporal-agg's `recipes/compute_flow.py` puts it beside the frames of a data set."
+
+
 def read_run(run: Path) -> tuple[dict, dict, dict]:
     """Settings, metrics and config of a finished run.
 
@@ -178,6 +181,7 @@ def card(
         version=settings["environment"]["temporal_agg"],
         git=settings["environment"]["git"] or "(not recorded)",
         results="\n".join(rows),
+        flow=FLOW if model.encoder.uses_flow else "",
         worth=DEMONSTRATION if data == "synthetic" else "",
         citation=f"```bibtex\n@inproceedings{{{system}{paper[3]},\n{bibtex}\n}}\n```" if paper else "None: a baseline.",
     )

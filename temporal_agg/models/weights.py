@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,15 +129,22 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
                     "unpickling can run code."
                 ) from error
             raise ValueError(f"{path} is no complete safetensors file: {error}.") from error
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if start and not start.startswith((b"PK", b"\x80")):
+        raise ValueError(
+            f"{path} is no file of torch.save, it begins with {start!r}: a pointer of git LFS, or a web page in "
+            "place of the download?"
+        )
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and reading it could run code: save its state dict alone, where you "
-            f"trust it. ({str(error).splitlines()[0]})"
+            "trust it."
         ) from error
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, IndexError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path} is no complete torch.save file: {error}.") from error
     while isinstance(content, dict) and (inside := [key for key in _WRAPPERS if isinstance(content.get(key), dict)]):
         content = content[inside[0]]

@@ -102,6 +102,10 @@ def test_no_code_in_a_file_is_run(model, tmp_path, capsys):
         torch.save(content, path)
         with pytest.raises(ValueError, match="more than tensors"):
             load_weights(model, path, strict=False)
+    path = tmp_path / "pointer.pth"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"no file of torch\.save, it begins with b'version https.*git LFS"):
+        read_checkpoint(path)
     path = tmp_path / "plain.pth"
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="more than tensors"):
