@@ -15,7 +15,7 @@ ROOT = Path(temporal_agg.__file__).parent
 MAY_IMPORT = {
     "_files": set(),
     "_version": set(),
-    "aggregators": set(),
+    "aggregators": {"data"},  # ClipConfig
     "losses": {"aggregators"},
     "models": {"_files", "_version", "aggregators"},
     "data": {"_files"},

@@ -6,35 +6,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..data.sampling import ClipConfig
 from .base import Aggregator
 
 __all__ = ["ClipConfig", "create_aggregator", "list_aggregators", "register_aggregator"]
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """How a system wants tracklets cut into clips, and its embeddings compared.
-
-    Attributes:
-        length: frames per clip.
-        stride: in a ``dense`` test, frames between the starts of successive clips; None = ``length`` (no overlap).
-        train_sampling: the policy that draws a training clip (``temporal_agg.data.sample_frames``).
-        test_sampling: the policy that cuts a test tracklet (``temporal_agg.data.cut_tracklet``); the tracklet's
-            embedding is the mean of its clips' embeddings, not normalised before.
-        fill: what fills a clip that is longer than its tracklet: ``repeat`` cyclically, repeat the ``last`` frame, or
-            pad with a ``mask``.
-        tail: the last window of a ``dense`` test, when it would run over the end: ``fill`` it as above, or ``shift``
-            it back.
-        distance: ``cosine``, ``euclidean`` or ``dot``.
-    """
-
-    length: int = 8
-    stride: int | None = None
-    train_sampling: str = "chunks"
-    test_sampling: str = "dense"
-    fill: str = "repeat"
-    tail: str = "fill"
-    distance: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -45,10 +20,11 @@ class _Entry:
 
 
 _REGISTRY: dict[str, _Entry] = {}
+_DEFAULT_CLIP = ClipConfig()
 
 
 def register_aggregator(
-    name: str, *, clip: ClipConfig = ClipConfig(), last_stride: int = 2
+    name: str, *, clip: ClipConfig = _DEFAULT_CLIP, last_stride: int = 2
 ) -> Callable[[Callable[..., Aggregator]], Callable[..., Aggregator]]:
     """Registers an :class:`Aggregator` subclass, or a function that builds one, under ``name``.
 

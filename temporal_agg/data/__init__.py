@@ -6,12 +6,13 @@ from .datasets import num_splits, open_dataset, open_splits, parse_data_spec
 from .flow import FlowError
 from .readers import identity_splits, read_csv, read_folder
 from .samplers import Draw, IdentityBatchSampler, PairBatchSampler, TrackletBatchSampler
-from .sampling import cut_tracklet, sample_frames
+from .sampling import ClipConfig, cut_tracklet, sample_frames
 from .synthetic import synthetic_data
 from .tracklet import ImageError, Tracklet, TrackletData, check_flow
 from .transforms import ClipTransform
 
 __all__ = [
+    "ClipConfig",
     "ClipDataset",
     "ClipTransform",
     "Draw",

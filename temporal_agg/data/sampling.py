@@ -1,16 +1,79 @@
 """Which frames of a tracklet make a clip: one random clip in training, all clips of the tracklet in a test."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["cut_tracklet", "sample_frames", "seeded_generator"]
+__all__ = ["ClipConfig", "cut_tracklet", "sample_frames", "seeded_generator"]
 
 FILLS = ("repeat", "last", "mask")
 TRAIN_POLICIES = ("random", "adjacent", "chunks", "even", "each", "all")
 TEST_POLICIES = ("dense", "all", "chunks", "even")
+TAILS = ("fill", "shift")
+DISTANCES = ("cosine", "euclidean", "dot")
+
+_CHOICES = {  # of ClipConfig's fields
+    "train_sampling": TRAIN_POLICIES,
+    "test_sampling": TEST_POLICIES,
+    "fill": FILLS,
+    "tail": TAILS,
+    "distance": DISTANCES,
+}
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How a system wants tracklets cut into clips, and its embeddings compared.
+
+    Attributes:
+        length: frames per clip.
+        stride: in a ``dense`` test, frames between the starts of successive clips; None = ``length`` (no overlap).
+        train_sampling: the policy that draws a training clip (``temporal_agg.data.sample_frames``).
+        test_sampling: the policy that cuts a test tracklet (``temporal_agg.data.cut_tracklet``); the tracklet's
+            embedding is the mean of its clips' embeddings, not normalised before.
+        fill: what fills a clip that is longer than its tracklet: ``repeat`` cyclically, repeat the ``last`` frame, or
+            pad with a ``mask``.
+        tail: the last window of a ``dense`` test, when it would run over the end: ``fill`` it as above, or ``shift``
+            it back.
+        distance: ``cosine``, ``euclidean`` or ``dot``.
+    """
+
+    length: int = 8
+    stride: int | None = None
+    train_sampling: str = "chunks"
+    test_sampling: str = "dense"
+    fill: str = "repeat"
+    tail: str = "fill"
+    distance: str = "cosine"
+
+    def __post_init__(self):
+        for name in ("length", "stride"):
+            value = getattr(self, name)
+            if value is None and name == "stride":
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"clip.{name} must be a whole number of frames, at least 1, got {value!r}.")
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(
+                f"clip.stride must be 1 to length = {self.length} (a larger one would leave frames out), got "
+                f"{self.stride}."
+            )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"clip.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def cut(self, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Cuts a test tracklet of ``num_frames`` frames into N clips, as :func:`cut_tracklet` does.
+
+        Returns:
+            Frame indices, int64 ``[N, L]``, and the mask, bool ``[N, L]``, True = real.
+        """
+        return cut_tracklet(
+            num_frames, self.length, self.test_sampling, stride=self.stride, fill=self.fill, tail=self.tail
+        )
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -99,8 +162,8 @@ def cut_tracklet(
         ValueError: an unknown policy, fill or tail, or a number out of range.
     """
     _check(num_frames, length, policy, TEST_POLICIES, fill)
-    if tail not in ("fill", "shift"):
-        raise ValueError(f"tail must be 'fill' or 'shift', got {tail!r}.")
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}.")
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride must be 1 to length = {length} (a larger one would leave frames out), got {stride}.")
