@@ -55,7 +55,7 @@ from tqdm import tqdm
 import temporal_agg
 from temporal_agg import data, plot, retrieval
 from temporal_agg._files import replace_file
-from temporal_agg.losses import create_criterion, list_criteria
+from temporal_agg.aggregators import create_criterion, registry_entry
 
 
 def option(default, help: str):
@@ -258,8 +258,7 @@ def build_model(name: str, settings: Settings) -> temporal_agg.TrackletModel:
 
 def default_criterion(model: temporal_agg.TrackletModel) -> str:
     """The paper's own criterion, where the aggregator has one."""
-    name = model.aggregator.config["name"]
-    return name if name in list_criteria() else "baseline"
+    return registry_entry(model.aggregator.config["name"]).default_criterion
 
 
 def build_optimizer(settings: Settings, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
