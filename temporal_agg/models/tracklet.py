@@ -1,6 +1,7 @@
 """Clips -> embeddings: a frame encoder, then an aggregator."""
 
 import dataclasses
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
@@ -66,6 +67,43 @@ class TrackletModel(HubMixin, nn.Module):
         """Frames ``[N, 3, H, W]`` (and flow ``[N, 2, H, W]``) -> feature maps ``[N, C, h, w]``."""
         return self.encoder(frames, flow)
 
+    def frame_features(self, frames: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the aggregator wants of frames ``[N, 3, H, W]`` (and flow ``[N, 2, H, W]``).
+
+        Returns:
+            Maps ``[N, C, h, w]``, or vectors ``[N, C]`` unless it ``needs_maps``; and the frames themselves if it
+            ``needs_frames``, else None.
+        """
+        maps = self.encode_frames(frames, flow)
+        features = maps if self.aggregator.needs_maps else maps.mean((2, 3))
+        return features, frames if self.aggregator.needs_frames else None
+
+    @overload
+    def aggregate(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        return_details: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def aggregate(
+        self, features: Tensor, mask: Tensor | None = None, *, images: Tensor | None = None, return_details: bool
+    ) -> Tensor | Details: ...
+
+    def aggregate(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        return_details: bool = False,
+    ) -> Tensor | Details:
+        """Aggregates what :meth:`frame_features` gave, as clips ``[B, T, ...]``; arguments as in :meth:`forward`."""
+        return self.aggregator(features, mask, frames=images, return_details=return_details)  # type: ignore[call-overload]
+
     def forward(
         self,
         clips: Tensor,
@@ -100,6 +138,7 @@ class TrackletModel(HubMixin, nn.Module):
             # NaN in padding would pass the backbone and, by 0 x NaN, reach its gradients.
             clips = masked.zero(clips, mask)
             flow = flow if flow is None else masked.zero(flow, mask)
-        maps = self.encode_frames(clips.flatten(0, 1), flow if flow is None else flow.flatten(0, 1))
-        frames = clips if self.aggregator.needs_frames else None
-        return self.aggregator(maps.unflatten(0, clips.shape[:2]), mask, frames=frames, return_details=return_details)
+        features, images = self.frame_features(clips.flatten(0, 1), flow if flow is None else flow.flatten(0, 1))
+        features = features.unflatten(0, clips.shape[:2])
+        images = None if images is None else clips
+        return self.aggregate(features, mask, images=images, return_details=return_details)
