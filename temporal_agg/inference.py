@@ -76,11 +76,11 @@ def embed_tracklets(
     be, is handed to the aggregator piece by piece where it can take that (``supports_streaming``): its features are
     then never all there.
 
-    Threads read the frames ahead, while the backbone runs; they start no process and use no shared memory. Frames travel
-    as bytes and are normalised on the device, in the memory format that is fastest for the backbone; the weights are not
-    touched. Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without
-    gradients, and gets back the mode that it had. A run of more than 10 seconds logs, at the level INFO, how many frames
-    a second it made and how much of the time it waited for frames.
+    Threads read the frames ahead, while the backbone runs; they start no process and use no shared memory. Frames
+    travel as bytes and are normalised on the device, in the memory format that is fastest for the backbone; the weights
+    are not touched. Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode,
+    without gradients, and gets back the mode that it had. A run of more than 10 seconds logs, at the level INFO, how
+    many frames a second it made and how much of the time it waited for frames.
 
     Args:
         model: turns clips into embeddings.
@@ -121,8 +121,8 @@ def embed_tracklets(
     seconds = time.perf_counter() - start
     _logger.log(
         logging.INFO if seconds > LONG_RUN else logging.DEBUG,
-        "embedded %d tracklets of %d frames in %.1f s: %.1f frames/s, %.0f %% of the time spent waiting for frames to be "
-        "decoded",
+        "embedded %d tracklets of %d frames in %.1f s: %.1f frames/s, %.0f %% of the time spent waiting for frames to "
+        "be decoded",
         len(tracklets),
         len(plan.frames),
         seconds,
@@ -144,8 +144,8 @@ class FrameRunner:
     Attributes:
         model: out of its wrapper.
         transform: resizes frames to what the model takes.
-        size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at 256
-            x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
+        size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at
+            256 x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
         uses_flow: whether the encoder has a stem for optical flow.
 
     Raises:
@@ -165,8 +165,8 @@ class FrameRunner:
             model = model.module
         if not all(hasattr(model, part) for part in ("encoder", "aggregator", "clip")):
             raise TypeError(
-                f"model must be a TrackletModel, as create_model returns it, got {type(model).__name__}: wrap a backbone "
-                "as TrackletModel(FrameEncoder(backbone), aggregator)."
+                f"model must be a TrackletModel, as create_model returns it, got {type(model).__name__}: wrap a "
+                "backbone as TrackletModel(FrameEncoder(backbone), aggregator)."
             )
         if frames_per_batch < 1:
             raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
@@ -309,8 +309,8 @@ class _Pixels(NamedTuple):
 class _Reader:
     """The plan's frames in order, as bytes of the model's size, read ahead by threads.
 
-    Threads, because decoding and resizing let go of Python's lock: measured on 256x128 JPEGs they make half as many frames
-    again per second of processor time as worker processes, which have to hand every frame over.
+    Threads, because decoding and resizing let go of Python's lock: of 256x128 JPEGs they were measured to make half as
+    many again per second of processor time as worker processes, which have to hand every frame over.
     """
 
     def __init__(self, tracklets: Sequence[Tracklet], plan: _Plan, runner: FrameRunner, workers: int):

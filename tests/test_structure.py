@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "data": {"_files"},
     "retrieval": set(),
     "inference": {"aggregators", "models", "data", "retrieval"},
+    "stream": {"data", "inference", "models"},
     "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "models", "data", "retrieval", "inference"},
     "cli": {"_files", "_version", "aggregators", "models", "data", "retrieval", "inference"},
@@ -32,6 +33,7 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "models": {"huggingface_hub", "safetensors", "timm"},
     "data": {"PIL", "h5py", "scipy", "torchvision"},
     "inference": {"tqdm"},
+    "stream": {"PIL"},  # for types
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
 }
@@ -64,9 +66,11 @@ PUBLIC = [
     "TemporalAttention",
     "Tracklet",
     "TrackletModel",
+    "TrackletStream",
     "create_aggregator",
     "create_criterion",
     "create_model",
+    "crop_embedder",
     "data",
     "embed_tracklets",
     "evaluate",
