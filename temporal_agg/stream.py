@@ -269,9 +269,9 @@ def crop_embedder(
         precision: what the model computes in, as for :func:`embed_tracklets`.
 
     Returns:
-        ``embed(image, boxes)``: a uint8 image ``[H, W, 3]`` and boxes ``[N, 4]`` (left, top, right, bottom, in
-        pixels) -> float32 ``[N, D]`` on the CPU, not normalised. Corners are rounded; what of a box lies outside the image is cut
-        off, and one that lies outside altogether gets the pixels at the edge that are nearest.
+        ``embed(image, boxes)``, with a uint8 image ``[H, W, 3]`` and boxes ``[N, 4]`` (left, top, right, bottom, in
+        pixels), which returns float32 ``[N, D]`` on the CPU, not normalised. Corners are rounded; what of a box lies
+        outside the image is cut off, and a box that lies outside altogether gets the nearest pixels of the edge.
 
     Raises:
         TypeError: no :class:`TrackletModel`.
