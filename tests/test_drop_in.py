@@ -27,7 +27,7 @@ SUITES = {  # what reads the registry
 
 # Saves, loads, exports, draws, trains and gets a card.
 PROGRAM = """
-import json, sys, tempfile
+import sys, tempfile
 from pathlib import Path
 sys.path[:0] = ["recipes", "hub"]
 import torch
@@ -48,12 +48,13 @@ plot.frame_weights(model, tracklet).savefig(out / "weights.png")
 import publish
 import train
 options = ["num_identities=4", "num_cameras=2", "length=[2,3]", "size=[64,32]"]
-train.main(["--data", "synthetic", "--data-options", *options, "--model", "moments_resnet10t", "--size", "64x32", "--epochs", "1",
-            "--identities", "2", "--clip-length", "2", "--workers", "0", "--device", "cpu", "--name", "run", "--out", str(out)])
+train.main(
+    f"--data synthetic --data-options {' '.join(options)} --model moments_resnet10t --size 64x32 --epochs 1 "
+    f"--identities 2 --clip-length 2 --workers 0 --device cpu --name run --out {out}".split()
+)
 publish.main([str(out / "run"), "--dry-run", "--out", str(out / "release")])
 card = (out / "release" / "README.md").read_text(encoding="utf-8")
 assert "Two Moments Are Enough" in card and "A. Nobody" in card, card
-assert json.loads((out / "run" / "settings.json").read_text(encoding="utf-8"))["settings"]["criterion"] in ("", "moments")
 print("all of it")
 """
 
