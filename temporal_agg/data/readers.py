@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,10 +133,13 @@ def read_csv(file: str | Path) -> TrackletData:
     return TrackletData(data["train"], data["query"], data["gallery"], str(file))
 
 
-def read_table(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def read_table(
+    file: Path, columns: Sequence[str], aliases: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file below its header, which must name ``columns``: where each is, and its cells by column.
 
-    Cells are stripped of white space; those that a row lacks are "". Names of columns are read in any case.
+    Cells are stripped of white space; those that a row lacks are "". Names of columns are read in any case, and by
+    their ``aliases``.
 
     Raises:
         ValueError: no such header, or what is no CSV; the message names file and line.
@@ -151,7 +154,7 @@ def read_table(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
             if not any(map(str.strip, cells)):
                 continue
             if names is None:
-                names = [cell.strip().lower() for cell in cells]
+                names = [(aliases or {}).get(name, name) for name in (cell.strip().lower() for cell in cells)]
                 _check_header(file, names, columns)
                 continue
             row = dict(zip(names, map(str.strip, cells), strict=False))
