@@ -36,7 +36,7 @@ def convert_grl(cnn: Mapping[str, Tensor], siamese: Mapping[str, Tensor]) -> dic
     Raises:
         ValueError: names that this code does not have.
     """
-    cnn, ours = dict(cnn), {}
+    cnn, ours = dict(cnn), dict[str, Tensor]()
     for i, name in enumerate(_STEM):
         if name:
             _move(cnn, f"backbone.base.{i}.", ours, f"{_BACKBONE}{name}.")
@@ -79,7 +79,7 @@ def convert_gltr(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: names that this code does not have.
     """
-    theirs, ours = dict(weights), {}
+    theirs, ours = dict(weights), dict[str, Tensor]()
     for name in _STEM:
         if name:
             _move(theirs, f"{name}.", ours, f"{_BACKBONE}{name}.")
