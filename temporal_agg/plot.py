@@ -7,7 +7,7 @@ into a model cut the tracklet as ``model.clip`` says, and run the model in evalu
 import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from .retrieval.evaluate import ranked_gallery
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     from .models import TrackletModel
 
@@ -137,21 +136,23 @@ def embedding_map(
         ValueError: not one identity for each embedding, or none at all.
     """
     if isinstance(embeddings, nn.Module):
-        model, tracklets = _model(embeddings), pids
-        embeddings, pids = embed_tracklets(model, tracklets, progress=False), [t.pid for t in tracklets]
-        if model.clip.distance == "cosine":
-            embeddings = F.normalize(embeddings)
-    x = torch.as_tensor(embeddings).detach().cpu().double()
-    pids = np.asarray(pids)
-    if x.dim() != 2 or x.numel() == 0 or pids.shape != x.shape[:1]:
-        raise ValueError(f"expected embeddings [N, D] and N identities, got {list(x.shape)} and {list(pids.shape)}.")
+        model, tracklets = _model(embeddings), cast("Sequence[Tracklet]", pids)
+        x, ids = embed_tracklets(model, tracklets, progress=False), np.array([t.pid for t in tracklets])
+        x = F.normalize(x) if model.clip.distance == "cosine" else x
+    else:
+        x, ids = torch.as_tensor(embeddings), np.asarray(pids)
+    x = x.detach().cpu().double()
+    if x.dim() != 2 or x.numel() == 0 or ids.shape != x.shape[:1]:
+        raise ValueError(f"expected embeddings [N, D] and N identities, got {list(x.shape)} and {list(ids.shape)}.")
     points, shares = _principal_components(x)
     figure = _figure(figsize=(6, 4.5))
     axes = figure.subplots()
-    for i, pid in enumerate(np.unique(pids[pids >= 0])):
-        axes.scatter(*points[pids == pid].T, s=24, color=f"C{i % 10}", marker="os^Dv*PX<>"[i // 10 % 10], label=pid)
-    if (pids < 0).any():
-        axes.scatter(*points[pids < 0].T, s=12, color="0.7", marker=".", label="junk", zorder=0)
+    for i, pid in enumerate(np.unique(ids[ids >= 0])):
+        across, up = points[ids == pid].T
+        axes.scatter(across, up, s=24, color=f"C{i % 10}", marker="os^Dv*PX<>"[i // 10 % 10], label=pid)
+    if (ids < 0).any():
+        across, up = points[ids < 0].T
+        axes.scatter(across, up, s=12, color="0.7", marker=".", label="junk", zorder=0)
     if len(axes.collections) <= 20:
         axes.legend(title="identity", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     labels = [f"component {i}, {100 * share:.0f} % of the variance" for i, share in enumerate(shares, 1)]
@@ -279,11 +280,12 @@ def _clips(model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tenso
             raise ValueError(f"these details are of clips of {T} frames, padding included; got {len(tracklet)} frames.")
         row = slice(_within(clip or 0, B), (clip or 0) + 1)
         maps = {name: value[row] for name, value in model.maps.items()}
-        return [_Clip(np.arange(T), Details(*(value[row] for value in model[:3]), maps, {}))]
+        return [_Clip(np.arange(T), Details(model.embedding[row], model.mask[row], model.frame_weights[row], maps, {}))]
     indices, mask = _model(model).clip.cut(len(tracklet))
     if clip is not None:
         row = slice(_within(clip, len(indices)), clip + 1)
         indices, mask = indices[row], mask[row]
+    tracklet = cast("Tracklet", tracklet)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -298,11 +300,12 @@ def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tens
     config, device = model.data_config, next(model.parameters()).device
     transform = ClipTransform(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])
     frames = tracklet.load(indices)
+    flow = None
     if getattr(model.encoder, "uses_flow", False):
         check_flow([tracklet])
-        inputs = transform(frames, flow=tracklet.load_flow(indices))
-    else:
-        inputs = (transform(frames),)
+        flow = tracklet.load_flow(indices)
+    made = transform(frames, flow=flow)
+    inputs = (made,) if isinstance(made, Tensor) else made
     batches = zip(*(x.to(device).split(ENCODE) for x in inputs), strict=True)
     features, images = zip(*(_frame_features(model, *batch) for batch in batches), strict=True)
     clip = (torch.cat(features)[None], mask[None].to(device))
@@ -397,18 +400,18 @@ class _Map:
 def _draw_map(page: "_Page", m: _Map, grid: tuple[int, int] | None) -> None:
     """Draws a map by its axes. ``grid``: height and width of what the model reads."""
     axes = m.kind.axes
-    forms = (*FORMS, axes[-2:])
-    form = next(form for form in forms if set(form) <= set(axes))
+    plain = (*[axis for axis in axes if axis != "frames"][-1:], "frames") if "frames" in axes else axes[-2:]
+    form = next((form for form in FORMS if set(form) <= set(axes)), plain)
     rest = tuple(axis for axis in axes if axis not in form)
     x = m.relative.transpose([axes.index(axis) for axis in rest + form])
     lead, x = x.shape[: len(rest)], x.reshape(-1, *x.shape[len(rest) :])
     rows = _spread(len(x), ROWS)
     page.heading(m.heading + (f" ({len(rows)} of {len(x)} drawn)" if len(rows) < len(x) else ""))
     labels = [" ".join(map(_entry, rest, np.unravel_index(row, lead))) for row in rows] if rest else [""]
-    if form[0] != "frames" or len(form) == 1:
+    if form[0] != "frames":
         for picture, label in zip(x[rows], labels, strict=True):
             page.image(np.atleast_2d(picture), label, m, form)
-            if form == ("features", "frames"):
+            if form == ("features", "frames") and m.kind.values != "share":
                 page.component(picture.T)
         return
     pictures = x[rows][:, page.places]
@@ -491,7 +494,7 @@ class _Page:
         self.y += self.tall
 
     def overlays(self, pictures: np.ndarray, labels: Sequence[str], m: _Map, stripes: int = 0) -> None:
-        """Maps ``[rows, frames, h, w]`` over the frames in grey. ``stripes``: rows that are regions have them framed."""
+        """Maps ``[rows, frames, h, w]`` over the frames in grey. ``stripes``: the rows are that many regions."""
         grey = [np.broadcast_to(image.mean(2, keepdims=True), image.shape).astype(np.uint8) for image in self.images]
         smooth = "bilinear" if "height" in m.kind.axes else "nearest"
         self._bar(m, len(labels) * self.tall)
@@ -504,8 +507,8 @@ class _Page:
                 self._image(axes, picture, m, extent=box, alpha=0.6, interpolation=smooth)
             if stripes:
                 x0, x1, y0, y1 = boxes[0]
-                tall = (y1 - y0) / stripes
-                axes.add_patch(_rectangle((x0, y1 - (n + 1) * tall), x1 - x0, tall))
+                top, bottom = (y1 - (y1 - y0) * k / stripes for k in (n, n + 1))
+                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color=f"C{n}", linewidth=2)
             axes.set(xlim=(0, self.width), ylim=(0, self.tall))
             self.y += self.tall
 
@@ -528,11 +531,11 @@ class _Page:
             axes.set_yticks(self.places, self.numbers)
             axes.set_ylabel("from frame", fontsize=7, labelpad=32)
             axes.set_xlabel("to frame", fontsize=7, labelpad=1)
-            tall = 0.95 * min(np.diff(self.places), default=self.span) * height / self.span
-            wide = min(0.4, tall * self.cell / self.tall)
+            step = height / len(self.images)
+            wide = min(0.4, 0.95 * step * self.cell / self.tall)
             tall = wide * self.tall / self.cell
-            for place, image in zip(self.places, self.images, strict=True):
-                _draw(self.axes(tall, -0.22 - wide, wide, (place + 0.5) * height / self.span - tall / 2), image)
+            for i, image in enumerate(self.images):
+                _draw(self.axes(tall, -0.22 - wide, wide, (i + 0.5) * step - tall / 2), image)
             self.y += 0.12
         self.y += height + 0.2
 
@@ -589,7 +592,7 @@ class _Page:
         if len(series) > 1:
             axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, handlelength=1)
         else:
-            axes.set_ylabel(*series, fontsize=7)
+            axes.set_ylabel(next(iter(series)), fontsize=7)
         self.y += 1.25
 
     def _row(self, images: Sequence[np.ndarray]) -> "Axes":
@@ -617,19 +620,13 @@ class _Page:
             cmap=m.options["cmap"],
             extent=(0, 1, m.options["vmin"], m.options["vmax"]),
         )
-        ticks = list(m.ticks) if tall > 0.5 else [list(m.ticks)[0], list(m.ticks)[-1]]
+        ticks = list(m.ticks) if tall > 0.5 else sorted(m.ticks)[:: len(m.ticks) - 1]
         axes.set(xticks=[])
         axes.set_yticks(ticks, [m.ticks[tick] for tick in ticks], fontsize=7)
         axes.tick_params(left=False, labelleft=False, right=True, labelright=True, length=2, pad=2)
         if tall > 0.5:
             axes.set_ylabel(m.label, fontsize=7)
             axes.yaxis.set_label_position("right")
-
-
-def _rectangle(corner: tuple[float, float], width: float, height: float) -> "Rectangle":
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, fill=False, color="white", linewidth=1.2)
 
 
 def _draw(axes: "Axes", image: np.ndarray, colour: str | None = None) -> None:
@@ -642,7 +639,7 @@ def _draw(axes: "Axes", image: np.ndarray, colour: str | None = None) -> None:
 def _images(tracklet: Tracklet | Sequence[Tensor], numbers: Iterable[int]) -> list[np.ndarray]:
     numbers = [int(number) for number in numbers]
     load = getattr(tracklet, "load", None)
-    frames = load(numbers) if load else [tracklet[number] for number in numbers]
+    frames = load(numbers) if load else [cast("Sequence[Tensor]", tracklet)[number] for number in numbers]
     return [frame.permute(1, 2, 0).cpu().numpy() for frame in frames]
 
 
