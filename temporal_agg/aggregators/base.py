@@ -34,8 +34,8 @@ class MapKind:
 
     Attributes:
         axes: in order, of ``frames``, ``sources`` (the frames that a frame takes from), ``height`` and ``width``
-            (places of the feature map), ``regions``, ``parts`` (of the frame, in reading order), ``directions`` (of
-            time) and ``features``.
+            (places of the feature map), ``regions`` (of the frame, from top to bottom), ``parts`` (of the frame, in
+            reading order), ``directions`` (of time, forward and backward) and ``features``.
         values: ``unit``: from 0 to 1, each by itself; ``share``: from 0, with the sum 1 over the axis ``over``;
             ``signed``: around 0; ``amount``: from 0.
         title: what a figure calls it, with the paper's letter and equation.

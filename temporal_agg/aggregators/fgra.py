@@ -380,6 +380,9 @@ class FGRA(Aggregator):
         self.num_regions = num_regions
         self.local_branch = local_branch
         self.maps = {}
+        if local_branch == "aligned":
+            gates = "gates of GAM (Eqs. 1, 2), mean over the channels"
+            self.maps["gates"] = MapKind(("regions", "frames", "height", "width"), "unit", gates)
         if local_branch is not None:
             self.maps["region_scores"] = MapKind(("frames", "regions"), "share", "weight in a region", over="frames")
             if spatial == "attention":
@@ -431,3 +434,18 @@ class FGRA(Aggregator):
             if frame_weights is None:
                 frame_weights = weights.mean(2)
         return Details(torch.cat(vectors, 1), mask, frame_weights, maps, supervised)  # Eq. 9
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """``gates`` ``[B, N_s, T, H, W]``: where each template is found, the mean of M (Eq. 2) over the channels; with
+        BatchNorm's running statistics."""
+        if self.gam is None:
+            return {}
+        norm = self.gam.norm
+        scale = norm.weight * torch.rsqrt(masked.at_least_float32(norm.running_var) + norm.eps)
+        offset = norm.bias - norm.running_mean * scale
+        gates = torch.empty_like(features, dtype=scale.dtype)
+        maps = []
+        for slope in (details.supervised["templates"] * scale).unbind(1):
+            _fill_gates(gates, features, slope[:, None, :, None, None], offset)
+            maps.append(masked.zero(gates.mean(2), mask))
+        return {"gates": torch.stack(maps, 1)}

@@ -288,6 +288,7 @@ class GLTR(Aggregator):
         self.tsa = TSA(self.num_features, normalize=normalize) if tsa else None
         if tsa:
             self.maps = {"tsa": _TSA_MAP if normalize == "softmax" else replace(_TSA_MAP, values="signed", over=None)}
+        self.maps = {**self.maps, **self._stages()}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         x = self.embed(frame_vectors(features))
@@ -301,6 +302,29 @@ class GLTR(Aggregator):
         total = given.sum(1, keepdim=True)
         weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), masked.uniform(mask, given))
         return Details(embedding, mask, weights, {"tsa": M}, {})
+
+    def _stages(self) -> dict[str, MapKind]:
+        """The kinds of :meth:`finer_maps`."""
+        names = {"embedded": "F, embedded frames"}
+        if self.dtp is not None:
+            names["local"] = "F', behind DTP (Eq. 2)"
+        if self.tsa is not None:
+            names["gathered"] = "F'', behind TSA (Eq. 7)"
+        kinds = {name: MapKind(("frames", "features"), "signed", title) for name, title in names.items()}
+        return {**kinds, "mean": MapKind(("features",), "signed", "f, their mean (Eq. 4)")}
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``.
+
+        Without DTP there is no F', without TSA no F''.
+        """
+        x = self.embed(frame_vectors(features))
+        maps = {"embedded": masked.zero(x, mask), "mean": details.embedding}
+        if self.dtp is not None:
+            x = maps["local"] = self.dtp(x, mask)
+        if self.tsa is not None:
+            maps["gathered"] = self.tsa.gather(x, details.maps["tsa"], mask)
+        return maps
 
 
 class ReleasedGLTRCriterion(GLTRCriterion):
@@ -344,7 +368,7 @@ class ReleasedGLTR(GLTR):
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = dtp
         self.tsa = ReleasedTSA(dtp.num_features)
-        self.maps = {"tsa": _TSA_MAP}
+        self.maps = {"tsa": _TSA_MAP, **self._stages()}
         nn.init.kaiming_normal_(self.embed.weight, mode="fan_out")
         nn.init.zeros_(self.embed.bias)
         for branch in dtp.branches:

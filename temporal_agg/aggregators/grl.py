@@ -384,6 +384,11 @@ class GRL(Aggregator):
         self.parts = parts
         self.gce = GCE(C, self.released)
         self.trl = TRL(C, self.released, directions, enhancement, memory)
+        if memory:
+            both = len(directions) == 2
+            title = "memory M_t (Eq. 8), mean over the channels" + ("" if both else f", {directions[0]}")
+            axes = ("directions",) * both + ("frames", "height", "width")
+            self.maps = {**self.maps, "memory": MapKind(axes, "amount", title)}
         self.frame_norm = masked.BatchNorm(C)
         self.memory_norm = masked.BatchNorm(C)
         self.query = nn.Linear(C, 512, bias=self.released)
@@ -410,6 +415,28 @@ class GRL(Aggregator):
         return Details(
             embedding, mask, weights, {"correlation": masked.zero(R, mask)[:, :, 0], "attention": attention}, supervised
         )
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """``memory`` ``[B, 2, T, H, W]``: what each direction, forward first, has accumulated when it has met a frame.
+
+        The mean over the channels is ours: the paper's Fig. 4 shows "channel activation maps". Of one direction it is
+        ``[B, T, H, W]``; without memory blocks there is none.
+        """
+        if self.trl.emu.res is None:
+            return {}
+        low = features * (1 - details.maps["correlation"][:, :, None])
+        visits = self.trl._visits(mask)  # [B, T, G]
+        B, _, G = visits.shape
+        memory, steps = masked.mean(low, mask).repeat(1, G, 1, 1), []
+        for step, visit in enumerate(visits.unbind(1)):
+            met = low[torch.arange(B, device=low.device)[:, None], visit].flatten(1, 2)
+            memory = self.trl.emu.remember(memory, met, step < mask.sum(1))
+            steps.append(memory.unflatten(1, (G, -1)).mean(2))
+        met, order = torch.stack(steps, 1), visits.argsort(1)  # steps in the order of the visits -> of the frames
+        maps = [masked.zero(masked.take(met[:, :, g], order[..., g]), mask) for g in range(G)]
+        if self.trl.directions == ("backward", "forward"):
+            maps.reverse()
+        return {"memory": torch.stack(maps, 1) if G == 2 else maps[0]}
 
 
 class ReleasedGRLCriterion(Criterion):

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from temporal_agg import Details, create_aggregator, list_aggregators
+from temporal_agg import Details, create_aggregator, list_aggregators, plot
 
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
@@ -327,3 +327,38 @@ def test_errors_say_what_came(aggregator):
             aggregator(features)
         with pytest.raises(ValueError, match="frames must have the shape"):
             aggregator(features, frames=extra["frames"][:, :, :2])
+
+
+def test_declared_maps_are_given_as_declared(aggregator):
+    features, extra = inputs(aggregator)
+    T = features.shape[1]
+    mask = holes(T, (2, T, 1))
+    with torch.no_grad():
+        details = aggregator.inspect(features, mask, **extra)
+    assert set(details.maps) == set(aggregator.maps)
+    for name, kind in aggregator.maps.items():
+        x = details.maps[name]
+        assert x.dim() == 1 + len(kind.axes), name
+        assert x.isfinite().all(), name
+        assert kind.values == "signed" or (x >= 0).all(), name
+        assert kind.values not in ("unit", "share") or (x <= 1 + 1e-5).all(), name
+        real = torch.ones((), dtype=torch.bool)  # the entries of real frames and real sources
+        for i, axis in enumerate(kind.axes, 1):
+            if axis in ("frames", "sources"):
+                assert x.shape[i] == T, name
+                real = real & mask.view(-1, *(T if j == i else 1 for j in range(1, x.dim())))
+        assert (x[~real.expand_as(x)] == 0).all(), name
+        if kind.over is not None:
+            i = 1 + kind.axes.index(kind.over)
+            total, counted = x.sum(i), real.expand_as(x).any(i)
+            torch.testing.assert_close(total[counted], torch.ones_like(total[counted]), msg=name)
+
+
+def test_figures_draw_every_map(aggregator):
+    features, extra = inputs(aggregator, B=1)
+    with torch.no_grad():
+        details = aggregator.inspect(features, **extra)
+    frames = torch.randint(256, (features.shape[1], 3, *FRAME), dtype=torch.uint8)
+    figure = plot.maps(details, list(frames), kinds=aggregator.maps)
+    said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
+    assert all(kind.title in said for kind in aggregator.maps.values())
