@@ -217,6 +217,67 @@ def test_bfloat16_autocast(aggregator):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in aggregator.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_evaluation(aggregator, dtype):
+    """``.half()`` and ``.bfloat16()``: every parameter and the input in half precision, no autocast."""
+    features, extra = inputs(aggregator, B=4)
+    mask = holes(features.shape[1], (1, 3, features.shape[1], 2))
+    aggregator.to(dtype).float()  # the rounded weights
+    want = aggregator(features, mask, return_details=True, **extra)
+    got = aggregator.to(dtype)(
+        features.to(dtype), mask, return_details=True, **{k: v.to(dtype) for k, v in extra.items()}
+    )
+    error = (got.embedding.float() - want.embedding).norm() / want.embedding.norm()
+    assert error < (0.05 if dtype is torch.bfloat16 else 0.01), f"relative error {error:.3f}"
+    assert got.frame_weights.dtype == torch.float32
+    torch.testing.assert_close(got.frame_weights, want.frame_weights, rtol=0, atol=0.05)
+
+
+def test_layers_are_called(aggregator):
+    """So that hooks, adapters and quantisation see them."""
+    layers = {key: m for key, m in aggregator.named_modules() if list(m.parameters(recurse=False))}
+    fired = set()
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda *_, key=key: fired.add(key))
+    features, extra = inputs(aggregator)
+    aggregator(features, **extra)
+    assert not set(layers) - fired
+
+
+class LowRank(torch.nn.Module):
+    """A layer and a low-rank addition to what it computes, as an adapter has it. It has no weight to be read."""
+
+    def __init__(self, layer, sign):
+        super().__init__()
+        self.layer, self.sign = layer, sign
+        if isinstance(layer, torch.nn.Linear):
+            self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+            self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+        else:
+            conv = type(layer)
+            options = {k: getattr(layer, k) for k in ("kernel_size", "stride", "padding", "dilation")}
+            self.down = conv(layer.in_channels, 2, bias=False, **options)
+            self.up = conv(2, layer.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.sign * self.up(self.down(x))
+
+
+def test_adapters_on_any_layer_change_the_embedding(aggregator):
+    torch.manual_seed(0)
+    features, extra = inputs(aggregator)
+    want = aggregator(features, **extra)
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+    for key in [key for key, m in aggregator.named_modules() if isinstance(m, kinds)]:
+        parent, _, last = key.rpartition(".")
+        layer, moved = aggregator.get_submodule(key), 0.0
+        for sign in (-30, 30):  # one of them may end in a ReLU
+            setattr(aggregator.get_submodule(parent), last, LowRank(layer, sign))
+            moved = max(moved, (aggregator(features, **extra) - want).abs().max().item())
+        setattr(aggregator.get_submodule(parent), last, layer)
+        assert moved > 1e-6, f"{key} has no effect"
+
+
 def test_channels_last(aggregator):
     features, extra = inputs(aggregator)
     flat = features.flatten(0, 1).contiguous(memory_format=torch.channels_last)
