@@ -32,6 +32,7 @@ ANYWHERE = {"einops", "numpy", "torch"}
 THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "models": {"huggingface_hub", "safetensors", "timm"},
     "data": {"PIL", "h5py", "scipy", "torchvision"},
+    "retrieval": {"pyarrow"},
     "inference": {"tqdm"},
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
