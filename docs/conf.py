@@ -1,5 +1,7 @@
 """The documentation: python -m sphinx -W -n docs build/docs"""
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -33,6 +35,7 @@ napoleon_attr_annotations = False  # the signatures have the types
 # Other projects' objects: nothing is downloaded to link them.
 nitpick_ignore_regex = [("py:.*", r"(?!temporal_agg\.)\w+(\.\w+)+")]
 nitpick_ignore = [("py:class", "Figure"), ("py:class", "Tensor")]
+nitpick_ignore += [("py:class", f"temporal_agg.aggregators.registry.{name}") for name in ("Build", "BuildCriterion")]
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: Element, contnode: TextElement) -> Element | None:
@@ -64,7 +67,34 @@ def readme_links(app: Sphinx, path: Path, parent: str, content: list[str]) -> No
     content[0] = re.sub(r"(?<!!)(\[[^]]*\])\((?!\w+:|#|docs/)([^)]+)\)", r"\1(path:../\2)", content[0])
 
 
+def aggregator_sections(app: Sphinx, page: str, content: list[str]) -> None:
+    """A section for each file of temporal_agg/aggregators, in the place of {{aggregators}}."""
+    if "{{aggregators}}" not in content[0]:
+        return
+    sections = []
+    for found in pkgutil.iter_modules(temporal_agg.aggregators.__path__):
+        module = importlib.import_module(f"temporal_agg.aggregators.{found.name}")
+        entries = map(temporal_agg.aggregators.registry_entry, temporal_agg.list_aggregators())
+        names = [entry.name for entry in entries if entry.build.__module__ == module.__name__]
+        if not names:
+            continue
+        paper = getattr(module, "PAPER", None)
+        title = paper.name if paper else found.name.capitalize()
+        objects = "".join(
+            f".. autoclass:: {'temporal_agg' if name in temporal_agg.__all__ else module.__name__}.{name}\n"
+            if isinstance(getattr(module, name), type)
+            else f".. autofunction:: {module.__name__}.{name}\n"
+            for name in getattr(module, "__all__", [])
+        )
+        sections.append(
+            f"## {title}\n\n{', '.join(f'`{name}`' for name in names)}\n\n```{{eval-rst}}\n"
+            f".. automodule:: {module.__name__}\n   :no-members:\n\n{objects}```\n"
+        )
+    content[0] = content[0].replace("{{aggregators}}", "\n".join(sections))
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", aggregator_sections)
     app.connect("missing-reference", resolve)
     app.connect("include-read", readme_links)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon

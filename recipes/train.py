@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import temporal_agg
 from temporal_agg import data, plot, retrieval
-from temporal_agg.aggregators.registry import registry_entry
+from temporal_agg.aggregators import create_criterion, registry_entry
 from temporal_agg.files import replace_file, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,14 +70,9 @@ def build_model(settings: Settings, weights: bool = True) -> temporal_agg.Trackl
 
 def build_criterion(settings: Settings, model: temporal_agg.TrackletModel, num_classes: int) -> tuple[str, nn.Module]:
     """The criterion that was asked for, or the paper's own, where the aggregator has one; and its name."""
-    name = settings.criterion or default_criterion(model)
-    return name, temporal_agg.create_criterion(name, num_classes, model, **settings.criterion_options)
-
-
-def default_criterion(model: temporal_agg.TrackletModel) -> str:
-    name = model.aggregator.config["name"]
-    entry = registry_entry(name)
-    return name if getattr(entry, "criterion", name in temporal_agg.list_criteria()) else "baseline"
+    default = registry_entry(model.aggregator.config["name"]).default_criterion
+    name = settings.criterion or default
+    return name, create_criterion(name, num_classes, model, **settings.criterion_options)
 
 
 def build_optimizer(settings: Settings, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:

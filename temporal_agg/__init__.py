@@ -1,14 +1,20 @@
 """Temporal aggregators for video person re-identification, over the frame features of any timm backbone."""
 
-from . import data, losses, plot, retrieval
+from . import data, losses, masked, plot, retrieval
 from ._version import __version__ as __version__
 from .aggregators import (
     Aggregator,
     ClipConfig,
+    Criterion,
     Details,
+    MapKind,
+    Paper,
     create_aggregator,
+    create_criterion,
     list_aggregators,
+    list_criteria,
     register_aggregator,
+    register_criterion,
 )
 from .aggregators.fgra import FGRA, GAM, SpatialAttention, TemporalAlignment, TemporalAttention
 from .aggregators.gltr import DTP, GLTR, TSA
@@ -18,7 +24,6 @@ from .aggregators.loga import GCQ, LAQ, LOGA
 from .data import Tracklet
 from .export import export_onnx
 from .inference import embed_tracklets
-from .losses import create_criterion, list_criteria
 from .models import FrameEncoder, TrackletModel, create_model, list_models, load_weights
 from .models.star import LSTA
 from .retrieval import evaluate, rerank
@@ -41,8 +46,11 @@ __all__ = [
     "Aggregator",
     "ClipConfig",
     "ConvLSTM",
+    "Criterion",
     "Details",
     "FrameEncoder",
+    "MapKind",
+    "Paper",
     "SpatialAttention",
     "TemporalAlignment",
     "TemporalAttention",
@@ -60,8 +68,10 @@ __all__ = [
     "list_models",
     "load_weights",
     "losses",
+    "masked",
     "plot",
     "register_aggregator",
+    "register_criterion",
     "rerank",
     "retrieval",
 ]

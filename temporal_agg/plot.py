@@ -244,7 +244,6 @@ def correlation_maps(
         ValueError: no such clip, frames that do not fit, a model without GCE, or ``shown`` below 1.
     """
     part, R = _clip_with("correlation", "correlation_maps", model, tracklet, clip)
-    R = R[:, 0]
     low, high = R[part.real].min(), R[part.real].max()
     rows = {
         "high, R": (R, {"vmin": low, "vmax": high, "alpha": 0.6}),

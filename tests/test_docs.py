@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import temporal_agg
-from temporal_agg import aggregators, cli, data, export, losses, models, plot, retrieval
+from temporal_agg import aggregators, cli, data, export, losses, masked, models, plot, retrieval
 from temporal_agg.aggregators import registry
-from temporal_agg.losses import criteria
 
 DOCS = documents.ROOT / "docs"
 KINDS = ("py:class", "py:exception", "py:function", "py:module")
@@ -45,14 +44,15 @@ def documented(tmp_path_factory):
 def test_every_public_name_is_documented_once(documented):
     counts, names = documented
     assert [name for name in temporal_agg.__all__ if f"temporal_agg.{name}" not in names] == []
-    for part in (temporal_agg, aggregators, data, export, losses, models, plot, retrieval):
+    for part in (temporal_agg, aggregators, data, export, losses, masked, models, plot, retrieval):
         wrong = {f"{part.__name__}.{name}": counts[id(getattr(part, name))] for name in part.__all__}
         assert {name: count for name, count in wrong.items() if count != 1} == {}
 
 
 def test_every_registered_class_is_documented(documented):
     """Where the options of create_aggregator and create_criterion are explained."""
-    registered = {name: entry.build for name, entry in registry._REGISTRY.items()} | criteria._CRITERIA
+    builds = {f"{name} (aggregator)": entry.build for name, entry in registry._REGISTRY.items()}
+    registered = {**builds, **registry._CRITERIA}
     assert [name for name, build in registered.items() if id(build) not in documented[0]] == []
 
 
@@ -61,7 +61,7 @@ def page_runner(tmp_path, monkeypatch):
     """Runs a page's blocks in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # pages register names
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
     torch.manual_seed(0)
     torch._dynamo.reset()  # other tests' graphs count, too
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from temporal_agg.aggregators import Aggregator, MaskedBatchNorm
+from temporal_agg import masked
+from temporal_agg.aggregators import Aggregator
 
 FORMS: dict[str, Callable[..., Tensor]] = {}
 _OPTIONS: dict[str, tuple[str, ...]] = {}
@@ -50,21 +51,21 @@ def prepared(aggregator: Aggregator) -> tuple[Callable[..., Tensor], list[Tensor
     return partial(FORMS[name], aggregator), []
 
 
-def _norm(norm: MaskedBatchNorm, x: Tensor) -> Tensor:
+def _norm(norm: masked.BatchNorm, x: Tensor) -> Tensor:
     """torch's BatchNorm on ``[N, C, ...]``, the running statistics included."""
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
     )
 
 
-def _norm_frames(norm: MaskedBatchNorm, x: Tensor) -> Tensor:
+def _norm_frames(norm: masked.BatchNorm, x: Tensor) -> Tensor:
     """The same on ``[B, T, C]``."""
     return _norm(norm, x.flatten(0, 1)).view_as(x)
 
 
 def _layers(layers: nn.Module, x: Tensor) -> Tensor:
     for layer in layers:
-        x = _norm(layer, x) if isinstance(layer, MaskedBatchNorm) else layer(x)
+        x = _norm(layer, x) if isinstance(layer, masked.BatchNorm) else layer(x)
     return x
 
 
@@ -186,7 +187,7 @@ def _residual_blocks(emu: nn.Module) -> list[list[Callable[[Tensor], Tensor]]]:
         if isinstance(layer, nn.Conv2d):
             weights = layer.weight.chunk(G)
             blocks.append([partial(F.conv2d, weight=weight, padding=layer.padding) for weight in weights])
-        elif isinstance(layer, MaskedBatchNorm):
+        elif isinstance(layer, masked.BatchNorm):
             shares = zip(
                 *(x.chunk(G) for x in (layer.running_mean, layer.running_var, layer.weight, layer.bias)), strict=True
             )

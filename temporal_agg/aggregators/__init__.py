@@ -6,15 +6,33 @@ import pkgutil
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-from .base import Aggregator, Details, MaskedBatchNorm  # noqa: E402
-from .registry import ClipConfig, create_aggregator, list_aggregators, register_aggregator  # noqa: E402
+from .base import Aggregator, Criterion, Details, MapKind  # noqa: E402
+from .registry import (  # noqa: E402
+    ClipConfig,
+    Entry,
+    Paper,
+    create_aggregator,
+    create_criterion,
+    list_aggregators,
+    list_criteria,
+    register_aggregator,
+    register_criterion,
+    registry_entry,
+)
 
 __all__ = [
     "Aggregator",
     "ClipConfig",
+    "Criterion",
     "Details",
-    "MaskedBatchNorm",
+    "Entry",
+    "MapKind",
+    "Paper",
     "create_aggregator",
+    "create_criterion",
     "list_aggregators",
+    "list_criteria",
     "register_aggregator",
+    "register_criterion",
+    "registry_entry",
 ]

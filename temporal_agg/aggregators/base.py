@@ -3,19 +3,60 @@
 Conventions shared by all aggregators:
 
 * ``features`` are maps ``[B, T, C, H, W]``; aggregators with ``needs_maps = False`` also take vectors ``[B, T, C]``.
-* ``mask`` is bool ``[B, T]``, True = a real frame. A masked clip gives the result of the clip made of its real frames
-  alone, wherever the padding stands, in evaluation and in training.
-* Softmax weights and BatchNorm moments are computed in at least float32, whatever the autocast type.
+* ``mask`` is bool ``[B, T]``, True = a real frame (:mod:`temporal_agg.masked`).
+* What a paper's losses need beside the embedding is in ``Details.supervised``, and its :class:`Criterion` stands in the
+  paper's file. Classifiers, lookup tables and centres live there and not in the models, so that weights are free of
+  any data set.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree
 
-__all__ = ["Aggregator", "Details", "MaskedBatchNorm"]
+from .. import masked
+
+__all__ = ["Aggregator", "Criterion", "Details", "MapKind"]
+
+AXES = ("frames", "sources", "height", "width", "regions", "parts", "directions", "features")
+VALUES = ("unit", "share", "signed", "amount")
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """What the axes of a map in :class:`Details` mean, behind the batch, and what its values are.
+
+    Any figure of any aggregator is drawn from this (``temporal_agg.plot``).
+
+    Attributes:
+        axes: in order, of ``frames``, ``sources`` (the frames that a frame takes from), ``height`` and ``width``
+            (places of the feature map), ``regions``, ``parts`` (of the frame, in reading order), ``directions`` (of
+            time) and ``features``.
+        values: ``unit``: from 0 to 1, each by itself; ``share``: from 0, with the sum 1 over the axis ``over``;
+            ``signed``: around 0; ``amount``: from 0.
+        title: what a figure calls it, with the paper's letter and equation.
+        over: the axis over which shares sum to 1.
+
+    Raises:
+        ValueError: an unknown axis or kind of values, or shares over no axis.
+    """
+
+    axes: tuple[str, ...]
+    values: str
+    title: str
+    over: str | None = None
+
+    def __post_init__(self):
+        if not self.axes or not set(self.axes) <= set(AXES):
+            raise ValueError(f"axes must be one or several of {', '.join(AXES)}, got {self.axes!r}.")
+        if self.values not in VALUES:
+            raise ValueError(f"values must be one of {', '.join(VALUES)}, got {self.values!r}.")
+        if (self.values == "share") != (self.over in self.axes):
+            raise ValueError(f"over must name one of the axes for shares and nothing else, got {self.over!r}.")
 
 
 class Details(NamedTuple):
@@ -25,7 +66,7 @@ class Details(NamedTuple):
         embedding: ``[B, D]``.
         mask: ``[B, T]``, True = a real frame.
         frame_weights: ``[B, T]``, how much each frame counted; 0 for padding, a row sums to 1.
-        maps: finer forms of the weights, by name (see the aggregator).
+        maps: finer forms of the weights, by name; ``aggregator.maps`` says what their axes are.
         supervised: extra tensors that the paper's losses need, by name (see the aggregator).
     """
 
@@ -37,7 +78,8 @@ class Details(NamedTuple):
 
 
 # torch.export.save needs a name for a NamedTuple that it meets in a model's output.
-_pytree._register_namedtuple(Details, serialized_type_name="temporal_agg.Details")
+if hasattr(_pytree, "_register_namedtuple"):  # since torch 2.4
+    _pytree._register_namedtuple(Details, serialized_type_name="temporal_agg.Details")
 
 
 class Aggregator(nn.Module):
@@ -55,13 +97,15 @@ class Aggregator(nn.Module):
         needs_maps: False: also takes vectors ``[B, T, C]``.
         needs_frames: True: forward wants ``frames=[B, T, 3, H, W]``.
         is_recurrent: True: loops over the frames, so that compiled and exported graphs serve one T each.
+        maps: what each entry of ``Details.maps`` is. Those of :meth:`finer_maps` only :meth:`inspect` gives.
     """
 
     clip_length: int | None = None
     needs_maps: bool = False
     needs_frames: bool = False
     is_recurrent: bool = False
-    config: dict | None = None  # how create_aggregator built it; None when built by hand
+    maps: Mapping[str, MapKind] = MappingProxyType({})
+    config: dict[str, Any] | None = None  # how create_aggregator built it; None when built by hand
 
     def __init__(self, in_features: int, num_features: int):
         super().__init__()
@@ -69,6 +113,30 @@ class Aggregator(nn.Module):
             raise ValueError(f"in_features must be the number of feature channels (>= 1), got {in_features}.")
         self.in_features = in_features
         self.num_features = num_features
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            features: Tensor,
+            mask: Tensor | None = None,
+            *,
+            frames: Tensor | None = None,
+            return_details: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            features: Tensor,
+            mask: Tensor | None = None,
+            *,
+            frames: Tensor | None = None,
+            return_details: Literal[True],
+        ) -> Details: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def forward(
         self,
@@ -93,18 +161,32 @@ class Aggregator(nn.Module):
             TypeError: a tensor of the wrong kind.
             ValueError: a wrong shape, or a clip without any real frame (checked in eager mode only).
         """
-        self._check(features, mask, frames)
-        if mask is None:
-            mask = all_real(features)
-        else:
-            features = zero_padding(features, mask)
-            frames = frames if frames is None else zero_padding(frames, mask)
-        details = self.aggregate(features, mask, frames)
+        details = self.aggregate(*self._cleaned(features, mask, frames))
         return details if return_details else details.embedding
+
+    def inspect(self, features: Tensor, mask: Tensor | None = None, *, frames: Tensor | None = None) -> Details:
+        """:meth:`forward`'s details with every map that the aggregator declares, also those that cost too much for each
+        call: what figures are drawn from. Arguments and errors as in :meth:`forward`."""
+        details = self(features, mask, frames=frames, return_details=True)
+        features, mask, frames = self._cleaned(features, mask, frames)
+        return details._replace(maps={**details.maps, **self.finer_maps(features, mask, frames, details)})
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """Maps by name that only figures need, on checked input whose padded entries are 0."""
+        return {}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         """The paper's formulas, on checked input whose padded entries are 0. To be implemented by the subclass."""
         raise NotImplementedError
+
+    def _cleaned(
+        self, features: Tensor, mask: Tensor | None, frames: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Checked input, the mask there, padding 0."""
+        self._check(features, mask, frames)
+        if mask is None:
+            return features, masked.all_real(features), frames
+        return masked.zero(features, mask), mask, frames if frames is None else masked.zero(frames, mask)
 
     def _check(self, features: Tensor, mask: Tensor | None, frames: Tensor | None) -> None:
         name = type(self).__name__
@@ -128,8 +210,8 @@ class Aggregator(nn.Module):
                 f"{self.clip_length} frames (repeat or pad with a mask), or build it with clip_length={T}."
             )
         if mask is not None:
-            check_mask(mask, (B, T))
-            if not torch.compiler.is_compiling() and not mask.any(1).all():
+            masked.check(mask, (B, T))
+            if not masked.is_compiling() and not mask.any(1).all():
                 empty = (~mask.any(1)).nonzero().flatten().tolist()
                 raise ValueError(f"{name}: every clip needs a real frame, but the mask has none for clips {empty}.")
         if self.needs_frames and frames is None:
@@ -141,105 +223,110 @@ class Aggregator(nn.Module):
         return f"{self.in_features} -> {self.num_features}"
 
 
-class MaskedBatchNorm(nn.modules.batchnorm._NormBase):
-    """BatchNorm over the real entries only; parameters and buffers are named as in ``nn.BatchNorm1d`` / ``2d``.
+class Criterion(nn.Module):
+    """Base class of a training criterion: what an aggregator hands out, plus identities -> loss terms by name.
 
-    It is not a ``_BatchNorm`` to torch, so that ``convert_sync_batchnorm`` (whose layers know no mask) leaves it alone.
-    Moments are taken in at least float32, the mean first and then the centred second moment.
+    A subclass implements :meth:`terms` and says how the terms are weighted. It stands in its paper's file, and is
+    registered with the aggregator. Terms are computed in at least float32, whatever the autocast type.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: the step of the running statistics.
-        bias: False leaves the shift out, where what follows would cancel it.
+        num_classes: identities in the training set; labels are 0 to ``num_classes - 1``.
+
+    Attributes:
+        weights: the factor of each term in the total, by name; a term that is not named counts once.
+        wants_pairs: True: samples 2j and 2j + 1 of a batch must be two clips of one person.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, bias: bool = True):
-        super().__init__(num_features, eps, momentum)
-        if not bias:
-            self.register_parameter("bias", None)
+    weights: Mapping[str, float] = MappingProxyType({})
+    wants_pairs: bool = False
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalises each channel.
+    def __init__(self, num_classes: int):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be the number of training identities (>= 1), got {num_classes}.")
+        self.num_classes = num_classes
+
+    def forward(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        """Computes every term.
 
         Args:
-            x: ``[*mask.shape, C, *spatial]``; without a mask ``[N, C, *spatial]``. Padding must be finite.
-            mask: bool, one value for each leading entry of ``x``; None = all are real.
+            details: what the model returned with ``return_details=True`` for B clips.
+            labels: int64 ``[B]``, class indices from 0 to ``num_classes - 1``.
 
         Returns:
-            The shape and dtype of ``x``. Padded entries are finite and mean nothing.
+            Each term by name, unweighted, and ``"loss"``, their weighted sum.
 
         Raises:
-            ValueError: in training, when the shape alone leaves one value per channel.
+            TypeError: an embedding in place of the details, or labels that are no whole numbers.
+            ValueError: not one label for each clip, or labels out of range (checked in eager mode only).
         """
-        lead = 1 if mask is None else mask.dim()
-        if x.dim() <= lead or x.shape[lead] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels in dimension {lead}, got {list(x.shape)}.")
-        values = at_least_float32(x)
-        if not self.training:
-            flat = values.flatten(0, lead - 1)
-            return (
-                F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-                .view(x.shape)
-                .to(x.dtype)
-            )
+        self._check(details, labels)
+        supervised = {name: masked.at_least_float32(tensor) for name, tensor in details.supervised.items()}
+        details = details._replace(embedding=masked.at_least_float32(details.embedding), supervised=supervised)
+        with torch.autocast(details.embedding.device.type, enabled=False):
+            terms = self.terms(details, labels)
+        total = sum(
+            (self.weights.get(name, 1.0) * term for name, term in terms.items()), details.embedding.new_zeros(())
+        )
+        return {**terms, "loss": total}
 
-        if x.numel() == x.shape[lead]:
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        """The terms by name, unweighted. To be implemented by the subclass."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """To be called after each optimizer step: what is updated outside autograd (lookup tables) is updated now."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "after_step"):
+                module.after_step()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters for an optimizer; a group has options of its own where the paper trains it by other ones."""
+        return [{"params": list(self.parameters())}]
+
+    def _check(self, details: Details, labels: Tensor) -> None:
+        name = type(self).__name__
+        if not isinstance(details, Details):
+            raise TypeError(
+                f"{name}: expected the model's Details, got {type(details).__name__}: call the model with "
+                "return_details=True."
+            )
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{name}: labels must be a tensor of whole numbers [B], int64, got {got}.")
+        if labels.shape != details.embedding.shape[:1]:
             raise ValueError(
-                f"BatchNorm needs more than one value per channel in training, got {list(x.shape)}: use batches of at "
-                "least two clips, or call .eval()."
+                f"{name}: expected one label for each of the {len(details.embedding)} clips, got labels "
+                f"{list(labels.shape)}."
             )
-        if mask is None:
-            mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        space = list(range(lead + 1, x.dim()))
-        count = mask.sum() * (x[(0,) * lead].numel() // self.num_features)
-
-        def moment(v: Tensor) -> Tensor:
-            v = v.sum(space) if space else v
-            return zero_padding(v, mask).sum(list(range(lead))) / count.clamp(min=1)
-
-        # Only the centred values are kept for the backward pass.
-        channel = (self.num_features,) + (1,) * len(space)
-        mean = moment(values)
-        centred = values - mean.view(channel)
-        var = moment(centred.square())
-        self.update(mean, var, count)
-        scale = (torch.rsqrt(var + self.eps) * self.weight).view(channel)
-        y = centred * scale if self.bias is None else torch.addcmul(self.bias.view(channel), centred, scale)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Moves the running statistics towards moments over ``count`` entries; ``count == 0`` leaves them alone."""
-        step = self.momentum * (count > 0).to(mean.dtype)
-        unbiased = var * count / (count - 1).clamp(min=1)
-        self.running_mean += step * (mean - self.running_mean)
-        self.running_var += step * (unbiased - self.running_var)
-        self.num_batches_tracked += count > 0
+        if not masked.is_compiling() and len(labels):
+            low, high = (int(x) for x in labels.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"{name}: labels must be class indices from 0 to num_classes - 1 = {self.num_classes - 1}, got "
+                    f"{low} to {high}. Map identities to classes (TrackletData.label_map), and leave junk out."
+                )
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
-    """Raises unless ``mask`` is a bool tensor of the clips' ``shape`` (B, T)."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (True = a real frame), got {got}; use mask.bool().")
-    if mask.shape != tuple(shape):
-        raise ValueError(f"mask must have the shape [B, T] = {list(shape)}, got {list(mask.shape)}.")
+def initial_classifier(in_features: int, num_classes: int, bias: bool = True) -> nn.Linear:
+    """A linear classifier with small normal weights (standard deviation 1e-3), so that training starts at uniform."""
+    classifier = nn.Linear(in_features, num_classes, bias=bias)
+    nn.init.normal_(classifier.weight, std=1e-3)
+    if bias:
+        nn.init.zeros_(classifier.bias)
+    return classifier
 
 
-def all_real(x: Tensor) -> Tensor:
-    """The mask of clips ``x`` ``[B, T, ...]`` without padding."""
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+def aggregator_of(model: nn.Module) -> Aggregator:
+    """The aggregator of a model, or the aggregator itself.
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay what they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Zeros the entries of ``x`` ``[*mask.shape, ...]`` where ``mask`` is False, NaN included."""
-    return torch.where(mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim())), x, 0)
+    Raises:
+        TypeError: neither.
+    """
+    aggregator = getattr(model, "aggregator", model)
+    if not isinstance(aggregator, Aggregator):
+        raise TypeError(f"expected a TrackletModel or an Aggregator, got {type(model).__name__}.")
+    return aggregator
 
 
 def frame_vectors(features: Tensor) -> Tensor:
@@ -247,38 +334,6 @@ def frame_vectors(features: Tensor) -> Tensor:
     return features.mean((3, 4)) if features.dim() == 5 else features
 
 
-def masked_softmax(logits: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
-    """Softmax over the real entries in at least float32; ``mask`` broadcasts to ``logits``, padding gets 0."""
-    return at_least_float32(logits).masked_fill(~mask, float("-inf")).softmax(dim)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real frames: ``[B, T, ...]`` -> ``[B, ...]``."""
-    total = at_least_float32(zero_padding(x, mask)).sum(1)
-    return (total / mask.sum(1).view((-1,) + (1,) * (total.dim() - 1))).to(x.dtype)
-
-
-def uniform_weights(mask: Tensor, like: Tensor) -> Tensor:
-    """The frame weights of an average, 1 / (real frames): ``[B, T]`` in the type of ``like``, at least float32."""
-    weights = at_least_float32(mask.to(like.dtype))
-    return weights / weights.sum(1, keepdim=True)
-
-
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """``sum_t weights[b, t] x[b, t, :]``: ``[B, T, C]`` -> ``[B, C]``."""
     return torch.einsum("bt,btc->bc", weights.to(x.dtype), x)
-
-
-def compaction_order(mask: Tensor) -> Tensor:
-    """Indices ``[B, T]`` that move the real frames of each clip to the front, in order.
-
-    The sort keys are unique, so that an unstable sort (the only one that exporters take) gives this one answer.
-    The inverse order is ``order.argsort(1)``.
-    """
-    t = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, t, t + mask.shape[1]).argsort(1)
-
-
-def take_frames(x: Tensor, order: Tensor) -> Tensor:
-    """Reorders frames: ``x[b, order[b, t]]`` for ``x`` ``[B, T, ...]``."""
-    return x.gather(1, order.view(order.shape + (1,) * (x.dim() - 2)).expand_as(x))

@@ -7,29 +7,45 @@ The paper and the code that its authors released differ. ``gltr`` follows the pa
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import masked
 from .base import (
     Aggregator,
+    Criterion,
     Details,
-    MaskedBatchNorm,
-    all_real,
-    at_least_float32,
-    compaction_order,
+    MapKind,
+    aggregator_of,
     frame_vectors,
-    masked_mean,
-    masked_softmax,
-    take_frames,
-    uniform_weights,
+    initial_classifier,
     weighted_sum,
-    zero_padding,
 )
-from .registry import ClipConfig, register_aggregator
+from .registry import ClipConfig, Paper, register_aggregator
 
-__all__ = ["DTP", "GLTR", "TSA", "ReleasedGLTR", "ReleasedTSA"]
+__all__ = ["DTP", "GLTR", "TSA", "GLTRCriterion", "ReleasedGLTR", "ReleasedGLTRCriterion", "ReleasedTSA"]
+
+PAPER = Paper(
+    name="GLTR",
+    title="Global-Local Temporal Representations For Video Person Re-Identification",
+    authors=("Jianing Li", "Jingdong Wang", "Qi Tian", "Wen Gao", "Shiliang Zhang"),
+    venue="IEEE/CVF International Conference on Computer Vision (ICCV)",
+    year=2019,
+    url="https://arxiv.org/abs/1908.10049",
+    results={
+        "mars": (87.02, 78.47),
+        "duke": (96.29, 93.74),
+        "ilids-vid": (86.0, None),
+        "prid-2011": (95.5, None),
+        "ls-vid": (63.07, 44.32),
+    },
+)
+
+# M[s, t]: what frame t takes from frame s.
+_TSA_MAP = MapKind(("sources", "frames"), "share", "TSA's mask M (Eq. 3)", over="sources")
 
 
 class DTP(nn.Module):
@@ -86,16 +102,16 @@ class DTP(nn.Module):
         Returns:
             F' ``[B, T, num_features]``; padding is 0.
         """
-        mask = all_real(x) if mask is None else mask
-        order = compaction_order(mask)
-        compact = take_frames(zero_padding(x, mask), order).mT  # [B, d, T]
+        mask = masked.all_real(x) if mask is None else mask
+        order = masked.order(mask)
+        compact = masked.take(masked.zero(x, mask), order).mT  # [B, d, T]
         if self.kind == "pooling":
             real = mask.gather(1, order)[:, None].to(x.dtype)
             y = [self._pooled(compact, real, r, branch) for r, branch in zip(self.rates, self.branches, strict=True)]
         else:
             y = [branch(compact) for branch in self.branches]  # Eq. 5
         y = torch.cat([compact, *y] if self.keep_input else y, 1).mT  # Eq. 6
-        return zero_padding(take_frames(y, order.argsort(1)), mask)
+        return masked.zero(masked.take(y, order.argsort(1)), mask)
 
     @staticmethod
     def _pooled(x: Tensor, real: Tensor, r: int, branch: nn.Module) -> Tensor:
@@ -129,9 +145,9 @@ class TSA(nn.Module):
         hidden = features // reduction
         self.normalize = normalize
         self.b = nn.Linear(features, hidden, bias=False)
-        self.b_norm = MaskedBatchNorm(hidden)
+        self.b_norm = masked.BatchNorm(hidden)
         self.c = nn.Linear(features, hidden, bias=False)
-        self.c_norm = MaskedBatchNorm(hidden)
+        self.c_norm = masked.BatchNorm(hidden)
         self.value = nn.Linear(features, hidden)
         self.restore = nn.Linear(hidden, features)  # W
         nn.init.zeros_(self.restore.weight)
@@ -139,7 +155,7 @@ class TSA(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """F' -> F'' ``[B, T, N*d]`` (Eq. 7); padding is 0. ``mask``: bool ``[B, T]``, None = all frames are real."""
-        mask = all_real(x) if mask is None else mask
+        mask = masked.all_real(x) if mask is None else mask
         return self.gather(x, self.relations(x, mask), mask)
 
     def relations(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -148,12 +164,12 @@ class TSA(nn.Module):
         C = self.c_norm(self.c(x), mask).relu()
         logits = C @ B.mT  # M[s, t] = C_s . B_t
         source = mask[:, :, None]
-        M = masked_softmax(logits, source, dim=1) if self.normalize == "softmax" else at_least_float32(logits)
+        M = masked.softmax(logits, source, dim=1) if self.normalize == "softmax" else masked.at_least_float32(logits)
         return torch.where(source & mask[:, None], M, 0)
 
     def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """Eq. 7 for every frame, ``[B, T, N*d]``."""
-        return zero_padding(self.restore(M.mT.to(x.dtype) @ self.value(x)) + x, mask)  # Eq. 7
+        return masked.zero(self.restore(M.mT.to(x.dtype) @ self.value(x)) + x, mask)  # Eq. 7
 
     def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """The mean of Eq. 7 over the real frames, ``[B, N*d]``.
@@ -164,7 +180,7 @@ class TSA(nn.Module):
         m = M.sum(2) / mask.sum(1, keepdim=True)
         gathered = F.linear(weighted_sum(x, m), self.value.weight)
         gathered = gathered + (m.sum(1, keepdim=True) * self.value.bias).to(gathered.dtype)
-        return self.restore(gathered) + masked_mean(x, mask)  # Eqs. 4, 7, 8
+        return self.restore(gathered) + masked.mean(x, mask)  # Eqs. 4, 7, 8
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}"
@@ -188,30 +204,48 @@ class ReleasedTSA(nn.Module):
         self.phi = nn.Linear(features, hidden)
         self.g = nn.Linear(features, hidden)
         self.restore = nn.Linear(hidden, features)
-        self.restore_norm = MaskedBatchNorm(features)
+        self.restore_norm = masked.BatchNorm(features)
         nn.init.zeros_(self.restore_norm.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """F' -> F'' ``[B, T, features]``; padding is 0. ``mask``: bool ``[B, T]``, None = all frames are real."""
-        mask = all_real(x) if mask is None else mask
+        mask = masked.all_real(x) if mask is None else mask
         return self.gather(x, self.relations(x, mask), mask)
 
     def relations(self, x: Tensor, mask: Tensor) -> Tensor:
         """M ``[B, T, T]`` as in :meth:`TSA.relations`: M[s, t] = softmax over s of theta_t . phi_s."""
-        M = masked_softmax(self.phi(x) @ self.theta(x).mT, mask[:, :, None], dim=1)
+        M = masked.softmax(self.phi(x) @ self.theta(x).mT, mask[:, :, None], dim=1)
         return torch.where(mask[:, None], M, 0)
 
     def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """The block's output for every frame, ``[B, T, features]``."""
-        return zero_padding(self.restore_norm(self.restore(M.mT.to(x.dtype) @ self.g(x)), mask) + x, mask)
+        return masked.zero(self.restore_norm(self.restore(M.mT.to(x.dtype) @ self.g(x)), mask) + x, mask)
 
     def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """The mean of :meth:`gather` over the real frames, ``[B, features]``; the BatchNorm wants every frame first."""
-        return masked_mean(self.gather(x, M, mask), mask)
+        return masked.mean(self.gather(x, M, mask), mask)
+
+
+class GLTRCriterion(Criterion):
+    """GLTR (ICCV 2019): cross-entropy alone, of a linear classifier on the embedding.
+
+    Args:
+        num_classes: identities in the training set.
+        model: read for the embedding's width.
+    """
+
+    def __init__(self, num_classes: int, model: nn.Module):
+        super().__init__(num_classes)
+        self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes)
+
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        return {"cross_entropy": F.cross_entropy(self.classifier(details.embedding), labels)}
 
 
 @register_aggregator(
     "gltr",
+    criterion=GLTRCriterion,
+    paper=PAPER,
     clip=ClipConfig(length=16, train_sampling="adjacent", test_sampling="all", distance="euclidean"),
 )
 class GLTR(Aggregator):
@@ -252,23 +286,43 @@ class GLTR(Aggregator):
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = local
         self.tsa = TSA(self.num_features, normalize=normalize) if tsa else None
+        if tsa:
+            self.maps = {"tsa": _TSA_MAP if normalize == "softmax" else replace(_TSA_MAP, values="signed", over=None)}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         x = self.embed(frame_vectors(features))
         if self.dtp is not None:
             x = self.dtp(x, mask)  # Eq. 2
         if self.tsa is None:
-            return Details(masked_mean(x, mask), mask, uniform_weights(mask, x), {}, {})  # Eq. 4
+            return Details(masked.mean(x, mask), mask, masked.uniform(mask, x), {}, {})  # Eq. 4
         M = self.tsa.relations(x, mask)
         embedding = self.tsa.mean(x, M, mask)  # Eqs. 3, 4
         given = M.sum(2).clamp(min=0)  # m of Eq. 8
         total = given.sum(1, keepdim=True)
-        weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), uniform_weights(mask, given))
+        weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), masked.uniform(mask, given))
         return Details(embedding, mask, weights, {"tsa": M}, {})
+
+
+class ReleasedGLTRCriterion(GLTRCriterion):
+    """GLTR's criterion as its authors released it: BatchNorm, ReLU and dropout in front of the classifier.
+
+    Args:
+        num_classes: identities in the training set.
+        model: read for the embedding's width.
+        dropout: the share of entries that are dropped.
+    """
+
+    def __init__(self, num_classes: int, model: nn.Module, dropout: float = 0.5):
+        super().__init__(num_classes, model)
+        width = aggregator_of(model).num_features
+        self.classifier = nn.Sequential(nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout), self.classifier)
 
 
 @register_aggregator(
     "gltr_released",
+    criterion=ReleasedGLTRCriterion,
+    paper=PAPER,
+    note="as in the code that its authors released",
     clip=ClipConfig(length=16, train_sampling="adjacent", test_sampling="all", distance="cosine"),
     last_stride=1,
 )
@@ -290,6 +344,7 @@ class ReleasedGLTR(GLTR):
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = dtp
         self.tsa = ReleasedTSA(dtp.num_features)
+        self.maps = {"tsa": _TSA_MAP}
         nn.init.kaiming_normal_(self.embed.weight, mode="fan_out")
         nn.init.zeros_(self.embed.bias)
         for branch in dtp.branches:

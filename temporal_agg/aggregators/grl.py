@@ -11,27 +11,32 @@ released one holds its parameters as the authors' does, up to names and to the c
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import (
-    Aggregator,
-    Details,
-    MaskedBatchNorm,
-    all_real,
-    at_least_float32,
-    compaction_order,
-    frame_vectors,
-    masked_mean,
-    masked_softmax,
-    weighted_sum,
-    zero_padding,
-)
-from .registry import ClipConfig, register_aggregator
+from .. import masked
+from ..losses import OIMLoss, TripletLoss, VerificationLoss
+from .base import Aggregator, Criterion, Details, MapKind, aggregator_of, frame_vectors, weighted_sum
+from .registry import ClipConfig, Paper, register_aggregator
 
-__all__ = ["EMU", "GCE", "GRL", "TRL", "ReleasedGRL"]
+__all__ = ["EMU", "GCE", "GRL", "TRL", "GRLCriterion", "ReleasedGRL", "ReleasedGRLCriterion"]
+
+PAPER = Paper(
+    name="GRL",
+    title="Watching You: Global-guided Reciprocal Learning for Video-based Person Re-identification",
+    authors=("Xuehu Liu", "Pingping Zhang", "Chenyang Yu", "Huchuan Lu", "Xiaoyun Yang"),
+    venue="IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
+    year=2021,
+    url="https://arxiv.org/abs/2103.04337",
+    results={
+        "mars": (91.0, 84.8),
+        "ilids-vid": (90.4, None),
+        "prid-2011": (96.2, None),
+    },
+)
 
 _DIRECTIONS = ("forward", "backward")
 _CLIP = ClipConfig(length=8, train_sampling="chunks", test_sampling="chunks", fill="last", distance="dot")
@@ -42,7 +47,7 @@ class _Layers(nn.Sequential):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, mask) if isinstance(layer, MaskedBatchNorm) else layer(x)
+            x = layer(x, mask) if isinstance(layer, masked.BatchNorm) else layer(x)
         return x
 
 
@@ -67,20 +72,20 @@ class GCE(nn.Module):
         self.released = released
         if released:
             half = max(1, C // 2)
-            self.embed = _Layers(nn.Linear(C, half), MaskedBatchNorm(half), nn.ReLU(inplace=True))
+            self.embed = _Layers(nn.Linear(C, half), masked.BatchNorm(half), nn.ReLU(inplace=True))
             self.join = nn.Conv2d(C + half, half, 1, bias=False)
             self.correlate = _Layers(
-                MaskedBatchNorm(half),
+                masked.BatchNorm(half),
                 nn.Conv2d(half, hidden, 1, bias=False),
-                MaskedBatchNorm(hidden),
+                masked.BatchNorm(hidden),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(hidden, 1, 1, bias=False),
-                MaskedBatchNorm(1),
+                masked.BatchNorm(1),
             )
         else:
             self.embed = _Layers(nn.Linear(C, C, bias=False))
             self.join = nn.Conv2d(2 * C, hidden, 1, bias=False)
-            self.correlate = _Layers(MaskedBatchNorm(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
+            self.correlate = _Layers(masked.BatchNorm(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes the correlation maps.
@@ -94,8 +99,8 @@ class GCE(nn.Module):
         """
         B, T, C, _, _ = x.shape
         if mask is None:
-            mask = all_real(x)
-        clip = self.embed(masked_mean(frame_vectors(x), mask))  # Eq. 1 and its projection
+            mask = masked.all_real(x)
+        clip = self.embed(masked.mean(frame_vectors(x), mask))  # Eq. 1 and its projection
         weight = self.join.weight
         for_map, for_clip = (weight[:, :C], weight[:, C:]) if self.released else (weight[:, -C:], weight[:, :-C])
         joined = F.conv2d(x.flatten(0, 1), for_map).unflatten(0, (B, T))
@@ -144,13 +149,13 @@ class EMU(nn.Module):
         if memory:
             self.res = _Layers(
                 nn.Conv2d(G * C, G * hidden, 1, groups=G, bias=False),
-                MaskedBatchNorm(G * hidden),
+                masked.BatchNorm(G * hidden),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(G * hidden, G * hidden, kernel_size, padding=kernel_size // 2, groups=G, bias=False),
-                MaskedBatchNorm(G * hidden),
+                masked.BatchNorm(G * hidden),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(G * hidden, G * C, 1, groups=G, bias=False),
-                MaskedBatchNorm(G * C),
+                masked.BatchNorm(G * C),
             )
 
     def forward(self, high: Tensor, low: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,12 +253,12 @@ class TRL(nn.Module):
         B, T, C, H, W = high.shape
         G = len(self.directions)
         if mask is None:
-            mask = all_real(high)
+            mask = masked.all_real(high)
         visits = self._visits(mask)
         rows = (visits + T * torch.arange(B, device=high.device)[:, None, None]).transpose(0, 1)
         has_frame = torch.arange(T, device=high.device)[:, None] < mask.sum(1)
         all_high, all_low = high.flatten(0, 1), low.flatten(0, 1)
-        memory = masked_mean(low, mask).repeat(1, G, 1, 1)  # M_0
+        memory = masked.mean(low, mask).repeat(1, G, 1, 1)  # M_0
         attention = []  # by step
         # With gradients every memory is kept anyway. Without, nothing is: one step at a time saves memory, and time.
         block = T if torch.is_grad_enabled() else 1
@@ -277,7 +282,7 @@ class TRL(nn.Module):
 
     def _visits(self, mask: Tensor) -> Tensor:
         """``[B, T, G]``: the frame that each direction visits at each step; padding comes last."""
-        order = compaction_order(mask)
+        order = masked.order(mask)
         step = torch.arange(mask.shape[1], device=mask.device)
         last = mask.sum(1, keepdim=True) - 1
         reverse = order.gather(1, torch.where(step <= last, last - step, step))
@@ -287,7 +292,46 @@ class TRL(nn.Module):
         return f"directions={self.directions}"
 
 
-@register_aggregator("grl", clip=_CLIP, last_stride=1)
+class GRLCriterion(Criterion):
+    """GRL (CVPR 2021, Eqs. 12-14): OIM on frames, OIM on the memory feature, 20 x verification on the pooled feature.
+
+    The paper gives no weights; these are the released code's.
+
+    Args:
+        num_classes: identities in the training set.
+        model: with a :class:`GRL` aggregator; read for its width.
+        losses: the terms to use: ``frame``, ``video`` and ``verification`` (the paper's Table 6 leaves out the first or
+            the second), ``global``: OIM on the mean of the clip's maps (alone: the baseline of Table 2).
+
+    Raises:
+        TypeError: a model with another aggregator.
+        ValueError: unknown losses.
+    """
+
+    weights = MappingProxyType({"verification": 20.0})
+
+    def __init__(self, num_classes: int, model: nn.Module, losses: Sequence[str] = ("frame", "video", "verification")):
+        super().__init__(num_classes)
+        C = _features_of(model)
+        if not losses or not set(losses) <= {"frame", "video", "global", "verification"}:
+            raise ValueError(f"losses must name some of frame, video, global and verification, got {losses!r}.")
+        self.wants_pairs = "verification" in losses
+        self.losses = nn.ModuleDict(
+            {name: VerificationLoss(C) if name == "verification" else OIMLoss(num_classes, C) for name in losses}
+        )
+
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        x = details.supervised
+        inputs = {
+            "frame": _frames_of(details, labels),  # Eq. 12
+            "video": (x["memory"], labels),  # Eq. 13
+            "global": (x["global"], labels),
+            "verification": (x["pooled"], labels),  # Eq. 11
+        }
+        return {name: loss(*inputs[name]) for name, loss in self.losses.items()}
+
+
+@register_aggregator("grl", criterion=GRLCriterion, clip=_CLIP, last_stride=1, paper=PAPER)
 class GRL(Aggregator):
     """Global-guided Reciprocal Learning as in the paper: GCE, TRL, and attentive pooling over the enhanced frames.
 
@@ -296,7 +340,7 @@ class GRL(Aggregator):
     the results summed over the queries, L2-normalised. F^l goes through BatchNorm and L2 normalisation. The paper
     leaves all of this open; it is taken from the released code.
 
-    A frame's weight is the mean of its column in the pooling's softmax. ``maps``: ``correlation`` ``[B, T, 1, H, W]``
+    A frame's weight is the mean of its column in the pooling's softmax. ``maps``: ``correlation`` ``[B, T, H, W]``
     (R of Eq. 2) and ``attention`` ``[B, T, T]`` (the pooling's softmax, query by key). ``supervised``, all
     L2-normalised: ``frames`` ``[B, T, C]``, ``pooled``, ``memory`` and ``global`` ``[B, C]``.
 
@@ -317,6 +361,12 @@ class GRL(Aggregator):
     is_recurrent = True
     released = False
     default_parts = ("pooled", "memory")
+    maps = MappingProxyType(
+        {
+            "correlation": MapKind(("frames", "height", "width"), "unit", "correlation map R (Eq. 2)"),
+            "attention": MapKind(("frames", "sources"), "share", "attentive pooling", over="sources"),
+        }
+    )
 
     def __init__(
         self,
@@ -334,35 +384,79 @@ class GRL(Aggregator):
         self.parts = parts
         self.gce = GCE(C, self.released)
         self.trl = TRL(C, self.released, directions, enhancement, memory)
-        self.frame_norm = MaskedBatchNorm(C)
-        self.memory_norm = MaskedBatchNorm(C)
+        self.frame_norm = masked.BatchNorm(C)
+        self.memory_norm = masked.BatchNorm(C)
         self.query = nn.Linear(C, 512, bias=self.released)
-        self.query_norm = MaskedBatchNorm(512)
+        self.query_norm = masked.BatchNorm(512)
         self.key = nn.Linear(C, 512, bias=self.released)
-        self.key_norm = MaskedBatchNorm(512)
+        self.key_norm = masked.BatchNorm(512)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         R = self.gce(features, mask)
         high, low = self.trl(features * R, features * (1 - R), mask)  # Eqs. 3, 4
-        high = zero_padding(F.normalize(self.frame_norm(at_least_float32(high), mask), dim=2), mask)
+        high = masked.zero(F.normalize(self.frame_norm(masked.at_least_float32(high), mask), dim=2), mask)
         queries = F.normalize(self.query_norm(self.query(high), mask), dim=2)
         keys = F.normalize(self.key_norm(self.key(high), mask), dim=2)
-        attention = zero_padding(masked_softmax(queries @ keys.transpose(1, 2), mask[:, None]), mask)
-        weights = masked_mean(attention, mask)  # the sum over queries, up to a factor that normalisation cancels
+        attention = masked.zero(masked.softmax(queries @ keys.transpose(1, 2), mask[:, None]), mask)
+        weights = masked.mean(attention, mask)  # the sum over queries, up to a factor that normalisation cancels
         parts = {
-            "pooled": F.normalize(at_least_float32(weighted_sum(high, weights)), dim=1),
-            "memory": F.normalize(self.memory_norm(at_least_float32(low)), dim=1),
-            "global": F.normalize(at_least_float32(masked_mean(frame_vectors(features), mask)), dim=1),
-            "mean": masked_mean(high, mask),
+            "pooled": F.normalize(masked.at_least_float32(weighted_sum(high, weights)), dim=1),
+            "memory": F.normalize(self.memory_norm(masked.at_least_float32(low)), dim=1),
+            "global": F.normalize(masked.at_least_float32(masked.mean(frame_vectors(features), mask)), dim=1),
+            "mean": masked.mean(high, mask),
         }
         embedding = torch.cat([parts[name] for name in self.parts], 1)
         supervised = {"frames": high, **{name: parts[name] for name in ("pooled", "memory", "global")}}
         return Details(
-            embedding, mask, weights, {"correlation": zero_padding(R, mask), "attention": attention}, supervised
+            embedding, mask, weights, {"correlation": masked.zero(R, mask)[:, :, 0], "attention": attention}, supervised
         )
 
 
-@register_aggregator("grl_released", clip=_CLIP, last_stride=1)
+class ReleasedGRLCriterion(Criterion):
+    """GRL's criterion as its authors released it: OIM thrice, 20 x verification, soft-margin batch-hard triplet.
+
+    Frames and the pooled feature share one OIM table, which takes up the pooled features of a step before its frames;
+    the memory feature has its own. All losses read the tables as they stood before the step (ours; the authors' frames
+    already see what the pooled features changed). Verification and triplet are on the pooled feature.
+
+    Args:
+        num_classes: identities in the training set.
+        model: with a :class:`GRL` aggregator; read for its width.
+
+    Raises:
+        TypeError: a model with another aggregator.
+    """
+
+    weights = MappingProxyType({"verification": 20.0})
+    wants_pairs = True
+
+    def __init__(self, num_classes: int, model: nn.Module):
+        super().__init__(num_classes)
+        C = _features_of(model)
+        self.high = OIMLoss(num_classes, C)
+        self.low = OIMLoss(num_classes, C)
+        self.verification = VerificationLoss(C)
+        self.triplet = TripletLoss(margin=None)
+
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        pooled = details.supervised["pooled"]
+        return {
+            "pooled": self.high(pooled, labels, turn=0),
+            "frame": self.high(*_frames_of(details, labels), turn=1),
+            "video": self.low(details.supervised["memory"], labels),
+            "verification": self.verification(pooled, labels),
+            "triplet": self.triplet(pooled, labels),
+        }
+
+
+@register_aggregator(
+    "grl_released",
+    criterion=ReleasedGRLCriterion,
+    clip=_CLIP,
+    last_stride=1,
+    paper=PAPER,
+    note="as in the code that its authors released",
+)
 class ReleasedGRL(GRL):
     """GRL as in the code that its authors released; options and outputs as in :class:`GRL`.
 
@@ -375,3 +469,17 @@ class ReleasedGRL(GRL):
 
     released = True
     default_parts = ("memory", "pooled", "mean")
+
+
+def _features_of(model: nn.Module) -> int:
+    """C of a model with a :class:`GRL` aggregator; a TypeError for others."""
+    aggregator = aggregator_of(model)
+    if not isinstance(aggregator, GRL):
+        raise TypeError(f"the criteria 'grl' read what the aggregator GRL gives, got {type(aggregator).__name__}.")
+    return aggregator.in_features
+
+
+def _frames_of(details: Details, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The frame features of all clips, ``[B*T, C]``, with their labels and mask ``[B*T]``."""
+    mask = details.mask
+    return details.supervised["frames"].flatten(0, 1), labels[:, None].expand(mask.shape).flatten(), mask.flatten()

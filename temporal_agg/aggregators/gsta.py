@@ -12,19 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import (
-    Aggregator,
-    Details,
-    all_real,
-    at_least_float32,
-    frame_vectors,
-    masked_mean,
-    masked_softmax,
-    weighted_sum,
-)
-from .registry import ClipConfig, register_aggregator
+from .. import masked
+from ..losses import PyramidRankingLoss, TripletLoss
+from .base import Aggregator, Criterion, Details, aggregator_of, frame_vectors, initial_classifier, weighted_sum
+from .registry import ClipConfig, Paper, register_aggregator, register_criterion
 
-__all__ = ["GSTA", "ConvLSTM"]
+__all__ = ["GSTA", "ConvLSTM", "GSTACriterion"]
+
+PAPER = Paper(
+    name="STAR",
+    title="Spatio-Temporal Associative Representation for Video Person Re-Identification",
+    authors=("Guile Wu", "Xiatian Zhu", "Shaogang Gong"),
+    venue="British Machine Vision Conference (BMVC)",
+    year=2019,
+    results={
+        "mars": (85.4, 76.0),
+        "duke": (94.0, 93.4),
+        "ilids-vid": (85.9, None),
+        "prid-2011": (93.4, None),
+    },
+)
 
 State = tuple[Tensor, Tensor]
 
@@ -68,13 +75,13 @@ class ConvLSTM(nn.Module):
         B, T, _, H, W = x.shape
         from_input = self.input(x.flatten(0, 1)).unflatten(0, (B, T))
         if state is None:
-            zeros = at_least_float32(from_input.new_zeros(B, self.hidden_channels, H, W))
+            zeros = masked.at_least_float32(from_input.new_zeros(B, self.hidden_channels, H, W))
             state = zeros, zeros
         h, c = state
         real = None if mask is None else mask[..., None, None, None].unbind(1)
         outputs = []
         for t, from_x in enumerate(from_input.unbind(1)):
-            i, f, g, o = (at_least_float32(from_x) + self.recurrent(h.to(from_x.dtype))).chunk(4, 1)
+            i, f, g, o = (masked.at_least_float32(from_x) + self.recurrent(h.to(from_x.dtype))).chunk(4, 1)
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             new_h = o.sigmoid() * new_c.tanh()
             h, c = (new_h, new_c) if mask is None else (torch.where(real[t], new_h, h), torch.where(real[t], new_c, c))
@@ -82,8 +89,41 @@ class ConvLSTM(nn.Module):
         return torch.stack(outputs, 1), (h, c)
 
 
+@register_criterion("star")
+class GSTACriterion(Criterion):
+    """STAR (BMVC 2019, Eqs. 11-13): cross-entropy, batch-hard triplet and 0.1 x the pyramid ranking regulariser.
+
+    The classifier has no bias, as printed. The aggregator must hand out its input maps, as GSTA does.
+
+    Args:
+        num_classes: identities in the training set.
+        model: read for the embedding's width.
+        margin: of the triplet loss and of the regulariser (alpha_2 = alpha_1).
+        pyramid_weight: the factor of the regulariser (lambda); 0 leaves it out, and any aggregator will do.
+    """
+
+    def __init__(self, num_classes: int, model: nn.Module, margin: float = 0.4, pyramid_weight: float = 0.1):
+        super().__init__(num_classes)
+        self.weights = {"pyramid": pyramid_weight}
+        self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes, bias=False)
+        self.triplet = TripletLoss(margin)
+        self.pyramid = PyramidRankingLoss(margin) if pyramid_weight else None
+
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        terms = {
+            "cross_entropy": F.cross_entropy(self.classifier(details.embedding), labels),  # Eq. 11
+            "triplet": self.triplet(details.embedding, labels),  # Eq. 12
+        }
+        if self.pyramid is not None:
+            terms["pyramid"] = self.pyramid(details.supervised["features"], labels, details.mask)
+        return terms
+
+
 @register_aggregator(
     "gsta",
+    criterion=GSTACriterion,
+    paper=PAPER,
+    note="its aggregator GSTA",
     clip=ClipConfig(length=10, train_sampling="random", test_sampling="all", distance="euclidean"),
 )
 class GSTA(Aggregator):
@@ -137,9 +177,9 @@ class GSTA(Aggregator):
         if not vectors:
             raise ValueError("GSTA.stream: expected at least one chunk of maps [B, t, C, H, W], got none.")
         x = torch.cat(vectors, 1)
-        return self._attend(torch.cat(hidden_vectors, 1), x, all_real(x), {})
+        return self._attend(torch.cat(hidden_vectors, 1), x, masked.all_real(x), {})
 
     def _attend(self, h: Tensor, f: Tensor, mask: Tensor, supervised: dict[str, Tensor]) -> Details:
-        weights = masked_softmax(self.score(F.relu(self.squeeze(h))).squeeze(-1), mask)  # Eq. 7
-        embedding = self.project(weighted_sum(h, weights)) + masked_mean(f, mask)  # Eq. 8
+        weights = masked.softmax(self.score(F.relu(self.squeeze(h))).squeeze(-1), mask)  # Eq. 7
+        embedding = self.project(weighted_sum(h, weights)) + masked.mean(f, mask)  # Eq. 8
         return Details(embedding, mask, weights, {}, supervised)

@@ -9,22 +9,29 @@ frame enters LAQ as zeros, and gets no weight; the statistics of K and V are tho
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Aggregator,
-    Details,
-    MaskedBatchNorm,
-    all_real,
-    at_least_float32,
-    frame_vectors,
-    masked_mean,
-    masked_softmax,
-    uniform_weights,
-    weighted_sum,
-    zero_padding,
-)
-from .registry import ClipConfig, register_aggregator
+from .. import masked
+from ..losses import TripletLoss
+from .base import Aggregator, Details, MapKind, frame_vectors, weighted_sum
+from .pooling import BaselineCriterion
+from .registry import ClipConfig, Paper, register_aggregator
 
-__all__ = ["GCQ", "LAQ", "LOGA"]
+__all__ = ["GCQ", "LAQ", "LOGA", "LOGACriterion"]
+
+PAPER = Paper(
+    name="LOGA",
+    title="Local-Global Associative Frame Assemble in Video Re-ID",
+    authors=("Qilei Li", "Jiabo Huang", "Shaogang Gong"),
+    venue="British Machine Vision Conference (BMVC)",
+    year=2021,
+    url="https://arxiv.org/abs/2110.12018",
+    results={
+        "mars": (89.5, 84.1),
+        "duke": (97.0, 96.6),
+        "duke-si": (81.0, 76.6),
+        "ilids-vid": (91.3, None),
+        "prid-2011": (95.9, None),
+    },
+)
 
 
 class LAQ(nn.Module):
@@ -74,14 +81,14 @@ class LAQ(nn.Module):
         mask = self._check(frames, mask)
         S = self.part_size
         parts = frames.flatten(3)[..., : frames.shape[3] * frames.shape[4] // S * S].unflatten(3, (-1, S))
-        strided_means = zero_padding(parts.mean((2, 3)), mask)  # [B, T, S]
+        strided_means = masked.zero(parts.mean((2, 3)), mask)  # [B, T, S]
         pooled = self.convolution(strided_means).squeeze(2)  # Pooling(w~_l), Eqs. 5 and 6
-        return masked_softmax(self.mlp(pooled).relu(), mask)  # Eq. 6
+        return masked.softmax(self.mlp(pooled).relu(), mask)  # Eq. 6
 
     def part_scores(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
         """The importance of each part of each frame, w~_l of Eq. 5: ``[B, T, M]``. Arguments as in :meth:`forward`."""
         mask = self._check(frames, mask)
-        return self.convolution(zero_padding(frames.mean(2).flatten(2), mask))  # Eq. 5
+        return self.convolution(masked.zero(frames.mean(2).flatten(2), mask))  # Eq. 5
 
     def _check(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         T, S = self.clip_length, self.part_size
@@ -90,7 +97,7 @@ class LAQ(nn.Module):
                 f"LAQ: expected frames of the shape [B, {T}, channels, H, W] with H*W >= part_size = {S}, got "
                 f"{list(frames.shape)}. Cut clips of {T} frames, or build it with other clip_length and part_size."
             )
-        return all_real(frames) if mask is None else mask
+        return masked.all_real(frames) if mask is None else mask
 
     def extra_repr(self) -> str:
         return f"clip_length={self.clip_length}, part_size={self.part_size}"
@@ -111,11 +118,11 @@ class GCQ(nn.Module):
         super().__init__()
         self.scale = scale
         self.query = nn.Linear(num_features, num_features, bias=False)
-        self.query_norm = MaskedBatchNorm(num_features)
+        self.query_norm = masked.BatchNorm(num_features)
         self.key = nn.Linear(num_features, num_features, bias=False)
-        self.key_norm = MaskedBatchNorm(num_features, bias=False)
+        self.key_norm = masked.BatchNorm(num_features, bias=False)
         self.value = nn.Linear(num_features, num_features, bias=False)
-        self.value_norm = MaskedBatchNorm(num_features)
+        self.value_norm = masked.BatchNorm(num_features)
 
     def forward(self, prototype: Tensor, embeddings: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weighs the frames.
@@ -129,25 +136,54 @@ class GCQ(nn.Module):
         Returns:
             w_g ``[B, T]`` in at least float32, and V w_g ``[B, D]``.
         """
-        mask = all_real(embeddings) if mask is None else mask
+        mask = masked.all_real(embeddings) if mask is None else mask
         per_frame = prototype.dim() == 3
-        q = self.query_norm(at_least_float32(self.query(prototype)), mask if per_frame else None)
-        K = self.key_norm(at_least_float32(self.key(embeddings)), mask)
+        q = self.query_norm(masked.at_least_float32(self.query(prototype)), mask if per_frame else None)
+        K = self.key_norm(masked.at_least_float32(self.key(embeddings)), mask)
         V = self.value_norm(self.value(embeddings), mask)
         # The printed form is summed in float32 under autocast too: its logits are large, rounding moves the weights.
         logits = q @ K.mT if per_frame else (K * q[:, None]).sum(2)  # K^T q
         if self.scale is not None:
             logits = logits / self.scale
-        weights = masked_softmax(logits, mask[:, None] if per_frame else mask)  # Eq. 7
+        weights = masked.softmax(logits, mask[:, None] if per_frame else mask)  # Eq. 7
         if per_frame:
-            weights = masked_mean(weights, mask)  # V is applied linearly: the mean over queries can come first
+            weights = masked.mean(weights, mask)  # V is applied linearly: the mean over queries can come first
         return weights, weighted_sum(V, weights)  # Eq. 8
 
     def extra_repr(self) -> str:
         return "" if self.scale is None else f"scale={self.scale}"
 
 
-@register_aggregator("loga", clip=ClipConfig(length=10, train_sampling="adjacent"), last_stride=1)
+class LOGACriterion(BaselineCriterion):
+    """LOGA (BMVC 2021, Eqs. 10-12): cross-entropy + triplet, one random positive and negative for each anchor.
+
+    Args:
+        num_classes: identities in the training set.
+        model: read for the embedding's width.
+        margin: of the triplet loss.
+        mining: ``random`` as printed, or ``hard``, as in the work that the paper cites for the loss.
+        generator: draws the triplets; None = torch's global generator.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        model: nn.Module,
+        margin: float | None = 0.3,
+        mining: str = "random",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(num_classes, model)
+        self.triplet = TripletLoss(margin, mining, generator)  # Eq. 11
+
+
+@register_aggregator(
+    "loga",
+    criterion=LOGACriterion,
+    clip=ClipConfig(length=10, train_sampling="adjacent"),
+    last_stride=1,
+    paper=PAPER,
+)
 class LOGA(Aggregator):
     """LAQ's weights make a prototype of the clip, GCQ's correlations with it a residual; D = C.
 
@@ -185,6 +221,9 @@ class LOGA(Aggregator):
             raise ValueError(f"LOGA: quality must be 'frames' or 'features', got {quality!r}.")
         super().__init__(in_features, 2 * in_features if assembly == "separately" else in_features)
         self.assembly = assembly
+        self.maps = {"laq": MapKind(("frames",), "share", "LAQ's w_l (Eq. 6)", over="frames")}
+        if assembly != "laq":
+            self.maps["gcq"] = MapKind(("frames",), "share", "GCQ's w_g (Eq. 7)", over="frames")
         self.quality = quality
         if assembly != "gcq":
             self.clip_length = clip_length
@@ -198,14 +237,14 @@ class LOGA(Aggregator):
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         e = frame_vectors(features)
         if self.assembly == "gcq":
-            w_l = uniform_weights(mask, e)
+            w_l = masked.uniform(mask, e)
         else:
             w_l = self.laq(features if self.quality == "features" else frames, mask)  # Eq. 1
         p = weighted_sum(e, w_l)  # Eq. 2
         if self.assembly == "laq":
             return Details(p, mask, w_l, {"laq": w_l}, {})
         if self.assembly == "separately":
-            m = masked_mean(e, mask)
+            m = masked.mean(e, mask)
             w_g, attended = self.gcq(m, e, mask)
             x = torch.cat([p, m + self.fc(attended)], 1)
         elif self.assembly == "directly":

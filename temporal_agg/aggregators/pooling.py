@@ -1,4 +1,4 @@
-"""The baselines that every paper compares with: mean, max, attention and LSTM over frame vectors.
+"""The baselines that every paper compares with: mean, max, attention and LSTM over frame vectors, and their criterion.
 
 Maps are average-pooled to one vector per frame first. The papers agree on mean and max pooling; the width of the LSTM
 and the form of the attention are ours (one linear score per frame, no bias: a constant would cancel in the softmax).
@@ -7,23 +7,46 @@ and the form of the attention are ours (one linear score per frame, no bias: a c
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Aggregator,
-    Details,
-    at_least_float32,
-    compaction_order,
-    frame_vectors,
-    masked_mean,
-    masked_softmax,
-    take_frames,
-    uniform_weights,
-    weighted_sum,
-)
-from .registry import ClipConfig, register_aggregator
+from .. import masked
+from ..losses import TripletLoss
+from .base import Aggregator, Criterion, Details, aggregator_of, frame_vectors, initial_classifier, weighted_sum
+from .registry import ClipConfig, register_aggregator, register_criterion
 
-__all__ = ["LSTM", "Attention", "Max", "Mean"]
+__all__ = ["LSTM", "Attention", "BaselineCriterion", "Max", "Mean"]
 
 _CLIP = ClipConfig(length=4)  # the papers differ in the clips of their baselines; ours
+
+
+@register_criterion("baseline")
+class BaselineCriterion(Criterion):
+    """Cross-entropy over identities + batch-hard triplet, both on the embedding.
+
+    Args:
+        num_classes: identities in the training set.
+        model: read for the embedding's width.
+        margin: of the triplet loss; None = soft margin.
+        label_smoothing: of the cross-entropy, 0 to 1.
+        mining: ``hard`` or ``random`` (see :class:`TripletLoss`).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        model: nn.Module,
+        margin: float | None = 0.3,
+        label_smoothing: float = 0.0,
+        mining: str = "hard",
+    ):
+        super().__init__(num_classes)
+        self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes)
+        self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.triplet = TripletLoss(margin, mining)
+
+    def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
+        return {
+            "cross_entropy": self.cross_entropy(self.classifier(details.embedding), labels),
+            "triplet": self.triplet(details.embedding, labels),
+        }
 
 
 @register_aggregator("mean", clip=_CLIP)
@@ -34,7 +57,7 @@ class Mean(Aggregator):
         super().__init__(in_features, in_features)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
-        return Details(masked_mean(frame_vectors(features), mask), mask, uniform_weights(mask, features), {}, {})
+        return Details(masked.mean(frame_vectors(features), mask), mask, masked.uniform(mask, features), {}, {})
 
 
 @register_aggregator("max", clip=_CLIP)
@@ -48,7 +71,7 @@ class Max(Aggregator):
         vectors = frame_vectors(features).masked_fill(~mask[..., None], float("-inf"))
         embedding, winner = vectors.max(1)
         won = winner[:, None] == torch.arange(mask.shape[1], device=mask.device)[:, None]
-        return Details(embedding, mask, at_least_float32(won.to(vectors.dtype)).mean(2), {}, {})
+        return Details(embedding, mask, masked.at_least_float32(won.to(vectors.dtype)).mean(2), {}, {})
 
 
 @register_aggregator("attention", clip=_CLIP)
@@ -61,7 +84,7 @@ class Attention(Aggregator):
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         vectors = frame_vectors(features)
-        weights = masked_softmax(self.score(vectors).squeeze(-1), mask)
+        weights = masked.softmax(self.score(vectors).squeeze(-1), mask)
         return Details(weighted_sum(vectors, weights), mask, weights, {}, {})
 
 
@@ -84,8 +107,8 @@ class LSTM(Aggregator):
         self.recurrent = nn.Linear(hidden_features, 4 * hidden_features, bias=False)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
-        order = compaction_order(mask)
-        from_input = self.input(take_frames(frame_vectors(features), order))
+        order = masked.order(mask)
+        from_input = self.input(masked.take(frame_vectors(features), order))
         h = c = from_input.new_zeros(from_input.shape[0], self.num_features)
         outputs = []
         for from_x in from_input.unbind(1):
@@ -93,5 +116,5 @@ class LSTM(Aggregator):
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs.append(h)
-        embedding = masked_mean(torch.stack(outputs, 1), mask.gather(1, order))
-        return Details(embedding, mask, uniform_weights(mask, features), {}, {})
+        embedding = masked.mean(torch.stack(outputs, 1), mask.gather(1, order))
+        return Details(embedding, mask, masked.uniform(mask, features), {}, {})

@@ -3,41 +3,149 @@
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
 
 from ..data.sampling import ClipConfig
-from .base import Aggregator
+from .base import Aggregator, Criterion
 
-__all__ = ["ClipConfig", "create_aggregator", "list_aggregators", "register_aggregator"]
+__all__ = [
+    "ClipConfig",
+    "Entry",
+    "Paper",
+    "create_aggregator",
+    "create_criterion",
+    "list_aggregators",
+    "list_criteria",
+    "register_aggregator",
+    "register_criterion",
+    "registry_entry",
+]
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Paper:
+    """The paper of a system, for cards, tables and citations.
+
+    Attributes:
+        name: what the paper calls its system.
+        title: of the paper.
+        authors: in order.
+        venue: in full, as a bibliography has it.
+        year: of the publication.
+        url: where it can be read; "" = not known to be free anywhere.
+        results: what the paper reports, rank-1 and mAP in percent by data set (``temporal_agg.data``'s names); None =
+            not reported. They are not this project's figures.
+    """
+
+    name: str
+    title: str
+    authors: tuple[str, ...]
+    venue: str
+    year: int
+    url: str = ""
+    results: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    @property
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        fields = {
+            "title": self.title,
+            "author": " and ".join(self.authors),
+            "booktitle": self.venue,
+            "year": self.year,
+            "url": self.url,
+        }
+        lines = "\n".join(f"  {key} = {{{value}}}," for key, value in fields.items() if value)
+        return f"@inproceedings{{{self.name.lower()}{self.year},\n{lines}\n}}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is registered under a name.
+
+    Attributes:
+        name: of the aggregator.
+        build: its class, or a function that builds one, called with ``in_features`` and options.
+        criterion: the class of its training criterion; None: ``baseline`` is its default.
+        clip: how its paper cuts tracklets.
+        last_stride: the stride of a ResNet's last stage in its paper.
+        paper: None: a baseline, or one's own.
+        note: what a card adds to the paper, such as that it follows the authors' code.
+    """
+
+    name: str
     build: Callable[..., Aggregator]
+    criterion: Callable[..., Criterion] | None
     clip: ClipConfig
     last_stride: int
+    paper: Paper | None
+    note: str
+
+    @property
+    def default_criterion(self) -> str:
+        """The name of the criterion that it trains with by default."""
+        return self.name if self.criterion is not None else "baseline"
 
 
-_REGISTRY: dict[str, _Entry] = {}
+_REGISTRY: dict[str, Entry] = {}
+_CRITERIA: dict[str, Callable[..., Criterion]] = {}
 _DEFAULT_CLIP = ClipConfig()
+
+Build = TypeVar("Build", bound=Callable[..., Aggregator])
+BuildCriterion = TypeVar("BuildCriterion", bound=Callable[..., Criterion])
 
 
 def register_aggregator(
-    name: str, *, clip: ClipConfig = _DEFAULT_CLIP, last_stride: int = 2
-) -> Callable[[Callable[..., Aggregator]], Callable[..., Aggregator]]:
+    name: str,
+    *,
+    criterion: Callable[..., Criterion] | None = None,
+    clip: ClipConfig = _DEFAULT_CLIP,
+    last_stride: int = 2,
+    paper: Paper | None = None,
+    note: str = "",
+) -> Callable[[Build], Build]:
     """Registers an :class:`Aggregator` subclass, or a function that builds one, under ``name``.
 
     Args:
         name: what ``create_aggregator`` and the prefix of ``create_model`` call it; letters, digits and ``_``.
+        criterion: the class of its training criterion, which ``create_criterion`` then knows by the same name; None:
+            it trains with ``baseline``.
         clip: how its paper cuts tracklets: the default of models built with it.
         last_stride: the stride of a ResNet's last stage in its paper: the default of models built with it.
-    """
+        paper: for its card.
+        note: what its card adds to the paper.
 
-    def register(build: Callable[..., Aggregator]) -> Callable[..., Aggregator]:
-        if name in _REGISTRY:
-            raise ValueError(f"an aggregator named {name!r} is registered already: choose another name.")
-        _REGISTRY[name] = _Entry(build, clip, last_stride)
+    Raises:
+        ValueError: a name that is taken, or no name.
+    """
+    _check_new(name, "an aggregator", _REGISTRY)
+
+    def register(build: Build) -> Build:
+        _REGISTRY[name] = Entry(name, build, criterion, clip, last_stride, paper, note)
+        if criterion is not None:
+            register_criterion(name)(criterion)
+        return build
+
+    return register
+
+
+def register_criterion(name: str) -> Callable[[BuildCriterion], BuildCriterion]:
+    """Registers a criterion under a name of its own; an aggregator's goes with :func:`register_aggregator`.
+
+    Args:
+        name: what ``create_criterion`` calls it. It is built as ``cls(num_classes, model, **options)``.
+
+    Raises:
+        ValueError: a name that is taken, or no name.
+    """
+    _check_new(name, "a criterion", _CRITERIA)
+
+    def register(build: BuildCriterion) -> BuildCriterion:
+        _CRITERIA[name] = build
         return build
 
     return register
@@ -46,6 +154,11 @@ def register_aggregator(
 def list_aggregators(pattern: str = "*") -> list[str]:
     """The registered names that match a shell-style ``pattern``, sorted."""
     return sorted(fnmatch.filter(_REGISTRY, pattern))
+
+
+def list_criteria(pattern: str = "*") -> list[str]:
+    """The names that :func:`create_criterion` takes and that match a shell-style ``pattern``, sorted."""
+    return sorted(fnmatch.filter(_CRITERIA, pattern))
 
 
 def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
@@ -61,15 +174,30 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
         TypeError: an unknown option (the message lists the options it has).
     """
     entry = registry_entry(name)
-    options = aggregator_options(name)
-    unknown = sorted(set(kwargs) - set(options))
-    if unknown:
-        raise TypeError(
-            f"aggregator {name!r} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}."
-        )
+    _check_options(f"aggregator {name!r}", aggregator_options(name), kwargs)
     aggregator = entry.build(in_features, **kwargs)
     aggregator.config = {"name": name, "in_features": in_features, **kwargs}
     return aggregator
+
+
+def create_criterion(name: str, num_classes: int, model: nn.Module, **kwargs) -> Criterion:
+    """Builds a training criterion by name.
+
+    Args:
+        name: one of :func:`list_criteria`: that of an aggregator with a criterion of its own, or ``baseline``, which
+            works for every aggregator.
+        num_classes: identities in the training set.
+        model: the :class:`TrackletModel` (or bare :class:`Aggregator`) whose details it will get; read for its widths.
+        **kwargs: options of that criterion (see its class).
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest ones), or fewer than one class.
+        TypeError: an unknown option, or a model that does not give what the criterion reads.
+    """
+    build = _known(name, "criterion", _CRITERIA)
+    options = [p for p in inspect.signature(build).parameters if p not in ("num_classes", "model")]
+    _check_options(f"criterion {name!r}", options, kwargs)
+    return build(num_classes, model, **kwargs)
 
 
 def aggregator_options(name: str) -> list[str]:
@@ -78,10 +206,35 @@ def aggregator_options(name: str) -> list[str]:
     return [p for p in parameters if p != "in_features"]
 
 
-def registry_entry(name: str) -> _Entry:
-    """What is registered under ``name``; the error for an unknown name has the nearest ones."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+def registry_entry(name: str) -> Entry:
+    """What is registered under ``name``.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest ones).
+    """
+    return _known(name, "aggregator", _REGISTRY)
+
+
+Registered = TypeVar("Registered")
+
+
+def _known(name: str, what: str, registered: Mapping[str, Registered]) -> Registered:
+    if name not in registered:
+        near = difflib.get_close_matches(str(name), registered, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"no aggregator is named {name!r}; {hint}All: {', '.join(list_aggregators())}.")
-    return _REGISTRY[name]
+        raise ValueError(f"no {what} is named {name!r}; {hint}All: {', '.join(sorted(registered))}.")
+    return registered[name]
+
+
+def _check_new(name: str, what: str, registered: Mapping[str, object]) -> None:
+    if name in registered:
+        raise ValueError(f"{what} named {name!r} is registered already: choose another name.")
+    if not name.isidentifier():
+        raise ValueError(
+            f"the name of {what} has letters, digits and _ only, and does not start with a digit, got {name!r}."
+        )
+
+
+def _check_options(what: str, options: list[str], given: Mapping[str, object]) -> None:
+    if unknown := sorted(set(given) - set(options)):
+        raise TypeError(f"{what} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}.")

@@ -1,19 +1,9 @@
-"""Embeddings, and what else an aggregator hands out, plus identities -> scalar terms."""
+"""Terms that belong to no paper's system alone: tensors and labels -> one scalar."""
 
 from .consistency import ConsistencyLoss
-from .criteria import Criterion, create_criterion, list_criteria
 from .oim import OIMLoss
 from .pyramid import PyramidRankingLoss
 from .triplet import TripletLoss
 from .verification import VerificationLoss
 
-__all__ = [
-    "ConsistencyLoss",
-    "Criterion",
-    "OIMLoss",
-    "PyramidRankingLoss",
-    "TripletLoss",
-    "VerificationLoss",
-    "create_criterion",
-    "list_criteria",
-]
+__all__ = ["ConsistencyLoss", "OIMLoss", "PyramidRankingLoss", "TripletLoss", "VerificationLoss"]

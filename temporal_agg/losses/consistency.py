@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..aggregators.base import all_real, at_least_float32, masked_mean, zero_padding
+from .. import masked
 
 __all__ = ["ConsistencyLoss"]
 
@@ -48,10 +48,10 @@ class ConsistencyLoss(nn.Module):
                 f"expected regions [B, T, N_s, C] and labels [B], got {list(regions.shape)} and {list(labels.shape)}."
             )
         if mask is None:
-            mask = all_real(regions)
-        regions = at_least_float32(regions)
+            mask = masked.all_real(regions)
+        regions = masked.at_least_float32(regions)
         if self.centres is None:
-            centres = masked_mean(regions, mask)
+            centres = masked.mean(regions, mask)
         elif self.centres.shape[1:] == regions.shape[2:]:
             centres = self.centres[labels]
         else:
@@ -59,7 +59,7 @@ class ConsistencyLoss(nn.Module):
                 f"the centres are for regions [B, T, {', '.join(map(str, self.centres.shape[1:]))}], got "
                 f"{list(regions.shape)}: build the loss with their num_regions and num_features."
             )
-        difference = zero_padding(regions - centres.unsqueeze(1), mask)
+        difference = masked.zero(regions - centres.unsqueeze(1), mask)
         return difference.square().sum() / len(regions)  # Eqs. 3, 12
 
     def extra_repr(self) -> str:

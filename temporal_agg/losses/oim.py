@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..aggregators.base import at_least_float32
+from .. import masked
 
 __all__ = ["OIMLoss"]
 
@@ -57,7 +57,7 @@ class OIMLoss(nn.Module):
                 f"{list(labels.shape)} and {list(mask.shape)}."
             )
         with torch.autocast(embeddings.device.type, enabled=False):
-            x = at_least_float32(embeddings)
+            x = masked.at_least_float32(embeddings)
             loss = F.cross_entropy(self.scale * x @ self.table.to(x.dtype).T, labels, reduction="none")
         if self.training:
             self._samples.append((turn, x.detach(), labels, mask))

@@ -4,7 +4,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..aggregators.base import all_real, at_least_float32, masked_mean
+from .. import masked
 from .triplet import TripletLoss
 
 __all__ = ["PyramidRankingLoss"]
@@ -46,16 +46,16 @@ class PyramidRankingLoss(nn.Module):
                 f"{list(labels.shape)}."
             )
         if mask is None:
-            mask = all_real(features)
+            mask = masked.all_real(features)
         elif mask.shape != features.shape[:2]:
             raise ValueError(f"mask must have the shape [B, T] = {list(features.shape[:2])}, got {list(mask.shape)}.")
-        rows = at_least_float32(features).mean(4)  # [B, T, C, H]: the maps are read once, each level pools their rows
+        rows = masked.at_least_float32(features).mean(4)  # [B, T, C, H]: read once, pooled by each level
         levels = []
         for stripes in self.stripes:
             pooled = F.adaptive_avg_pool1d(rearrange(rows, "b t c h -> (b t) c h"), stripes)
             pooled = rearrange(pooled, "(b t) c g -> b t c g", b=len(labels))
             highest = pooled.masked_fill(~mask[..., None, None], float("-inf")).amax(1)
-            vectors = masked_mean(pooled, mask) + highest  # [B, C, G]: F_Ta + F_Tm
+            vectors = masked.mean(pooled, mask) + highest  # [B, C, G]: F_Ta + F_Tm
             levels.append(sum(self.triplet(v, labels) for v in vectors.unbind(2)) / stripes)  # Eq. 10
         return sum(levels) / len(levels)  # Eq. 9; the mean over the batch is the triplet's
 

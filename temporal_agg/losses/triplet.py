@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..aggregators.base import at_least_float32
+from .. import masked
 
 __all__ = ["TripletLoss", "euclidean_distances"]
 
@@ -16,7 +16,9 @@ def euclidean_distances(x: Tensor, y: Tensor) -> Tensor:
     batches, so near-identical vectors keep their digits.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return torch.cdist(at_least_float32(x), at_least_float32(y), compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.cdist(
+            masked.at_least_float32(x), masked.at_least_float32(y), compute_mode="donot_use_mm_for_euclid_dist"
+        )
 
 
 class TripletLoss(nn.Module):

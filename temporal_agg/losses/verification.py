@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..aggregators.base import at_least_float32
+from .. import masked
 
 __all__ = ["VerificationLoss"]
 
@@ -48,7 +48,7 @@ class VerificationLoss(nn.Module):
                 f"labels {labels.tolist()}. Use the paired batch sampler."
             )
         with torch.autocast(embeddings.device.type, enabled=False):
-            x = at_least_float32(embeddings)
+            x = masked.at_least_float32(embeddings)
             difference = (x[0::2, None] - x[None, 1::2]).square().flatten(0, 1)
             same = (probes[:, None] == gallery).flatten()
             # Eq. 11: of two classes, softmax and binary cross-entropy are the cross-entropy.

@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from ..aggregators.base import Aggregator, Details, check_mask, zero_padding
+from .. import masked
+from ..aggregators.base import Aggregator, Details
 from ..aggregators.registry import ClipConfig, registry_entry
 from .encoder import check_images
 from .hub import HubMixin
@@ -95,10 +96,10 @@ class TrackletModel(HubMixin, nn.Module):
             if flow.shape[:2] != clips.shape[:2] or flow.shape[3:] != clips.shape[3:]:
                 raise ValueError(f"flow must fit the clips {list(clips.shape)}, got {list(flow.shape)}.")
         if mask is not None:
-            check_mask(mask, clips.shape[:2])
+            masked.check(mask, clips.shape[:2])
             # NaN in padding would pass the backbone and, by 0 x NaN, reach its gradients.
-            clips = zero_padding(clips, mask)
-            flow = flow if flow is None else zero_padding(flow, mask)
+            clips = masked.zero(clips, mask)
+            flow = flow if flow is None else masked.zero(flow, mask)
         maps = self.encode_frames(clips.flatten(0, 1), flow if flow is None else flow.flatten(0, 1))
         frames = clips if self.aggregator.needs_frames else None
         return self.aggregator(maps.unflatten(0, clips.shape[:2]), mask, frames=frames, return_details=return_details)

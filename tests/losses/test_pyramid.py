@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from temporal_agg import Details, create_aggregator
-from temporal_agg.losses import PyramidRankingLoss, TripletLoss, create_criterion
+from temporal_agg import Details, create_aggregator, create_criterion
+from temporal_agg.losses import PyramidRankingLoss, TripletLoss
 
 LABELS = torch.tensor([0, 0, 1, 1, 0])
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from scipy import stats
 
-from temporal_agg.losses import create_criterion
+from temporal_agg import create_criterion
 
 NAMES = ["mean", "gltr", "gltr: DTP alone"]
 SEEDS = (0, 1)

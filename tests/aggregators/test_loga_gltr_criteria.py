@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from temporal_agg import Details, create_aggregator
-from temporal_agg.losses import create_criterion
+from temporal_agg import Details, create_aggregator, create_criterion
 
 N, CLASSES = 8, 5
 LABELS = torch.tensor([0, 0, 3, 3, 1, 1, 4, 4])

@@ -1,10 +1,10 @@
-"""What the aggregators share."""
+"""What a mask means."""
 
 import pytest
 import torch
 from torch import nn
 
-from temporal_agg.aggregators.base import MaskedBatchNorm
+from temporal_agg import masked
 
 exact = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -13,7 +13,7 @@ exact = {"rtol": 1e-12, "atol": 1e-12}
 @pytest.mark.parametrize("bias", [True, False])
 def test_masked_batch_norm_is_batch_norm_over_the_real_entries(shape, bias):
     """Outputs, gradients and, over several steps, running statistics, all in float64."""
-    ours, torchs = MaskedBatchNorm(4, bias=bias).double(), (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4)
+    ours, torchs = masked.BatchNorm(4, bias=bias).double(), (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4)
     torchs.double()
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -32,7 +32,7 @@ def test_masked_batch_norm_is_batch_norm_over_the_real_entries(shape, bias):
 
 
 def test_masked_batch_norm_without_a_real_entry_learns_nothing():
-    norm = MaskedBatchNorm(4)
+    norm = masked.BatchNorm(4)
     before = {k: v.clone() for k, v in norm.state_dict().items()}
     assert norm(torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.bool)).isfinite().all()
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from temporal_agg import Details, create_aggregator
-from temporal_agg.losses import OIMLoss, TripletLoss, VerificationLoss, create_criterion
+from temporal_agg import Details, create_aggregator, create_criterion
+from temporal_agg.losses import OIMLoss, TripletLoss, VerificationLoss
 
 B, T, C, CLASSES = 6, 3, 8, 4
 LABELS = torch.tensor([1, 1, 3, 3, 1, 1])

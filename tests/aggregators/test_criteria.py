@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from temporal_agg import Details, create_aggregator
-from temporal_agg.losses import ConsistencyLoss, TripletLoss, create_criterion, list_criteria
+from temporal_agg import Details, create_aggregator, create_criterion, list_criteria
+from temporal_agg.losses import ConsistencyLoss, TripletLoss
 
 
 def details_of(embedding):
