@@ -8,8 +8,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import temporal_agg
 from temporal_agg import data, retrieval
-from temporal_agg.files import locked, read_json, replace_file, sweep
+from temporal_agg.files import Busy, locked, read_json, replace_file, sweep
 
 RANKS = (1, 5, 10, 20)
 METRICS = ("map", *(f"rank{k}" for k in RANKS), "minp")
@@ -301,14 +302,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def held(directory: Path, accelerator: accelerate.Accelerator) -> Iterator[None]:
     """Makes a directory and holds it for the processes of one command; sweeps what killed ones left in it.
 
+    One process waits while another command is at work there; several cannot, whose waiting for each other has an end.
+
     Raises:
         Busy: another command is at work there.
     """
-    main = accelerator.is_main_process
-    if main:
-        directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / ".lock", str(directory)) if main else nullcontext():
-        if main:
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            told = False
+            while True:
+                try:
+                    stack.enter_context(locked(directory / ".lock", str(directory)))
+                    break
+                except Busy:
+                    if accelerator.num_processes > 1:
+                        raise
+                if not told:
+                    print(f"{directory}: another command is at work there; this one waits until it ends.", flush=True)
+                told = True
+                time.sleep(0.5)
             sweep(directory)
         accelerator.wait_for_everyone()
         yield

@@ -343,6 +343,7 @@ def prepare(directory: Path, dataset: data.TrackletData, settings: Settings, acc
     if settings.sync_batchnorm and device.type == "cuda" and accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)
+    model.encoder.to(memory_format=getattr(model.encoder, "memory_format", torch.preserve_format))
     criterion_name, criterion = build_criterion(settings, model, len(labels))
     criterion = criterion.to(device)
     optimizer = build_optimizer(settings, model, criterion)
@@ -395,21 +396,27 @@ def train(directory: Path, dataset: data.TrackletData, settings: Settings, extra
     accelerator.wait_for_everyone()
     open_run(directory, settings, {**extra, "tracklets": tracklets_of(dataset)}, accelerator)
     finished = directory / "metrics.json"
-    if finished.exists():
-        accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")
-        return common.read_metrics(finished)
-    with common.held(directory, accelerator):
-        start = time.perf_counter()
-        if accelerator.is_main_process:
-            sweep(directory / "checkpoints")
-        job = prepare(directory, dataset, settings, accelerator, bars)
-        run_epochs(job)
-        metrics, gallery = job.evaluate()
-        metrics |= about(job, time.perf_counter() - start)
-        if accelerator.is_main_process:
-            job.model.save_pretrained(directory)
-            write_tensors(directory / "reference.safetensors", {"gallery": gallery[:16]})
-            write_json(finished, metrics)  # last: a run that has it is whole
+    if not finished.exists():
+        with common.held(directory, accelerator):
+            if not finished.exists():  # another command may have finished it while this one waited
+                return train_held(directory, dataset, settings, accelerator, bars)
+    accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")
+    return common.read_metrics(finished)
+
+
+def train_held(directory: Path, dataset: data.TrackletData, settings: Settings, accelerator, bars: bool) -> dict:
+    """The same, in a directory that no other command works in."""
+    start = time.perf_counter()
+    if accelerator.is_main_process:
+        sweep(directory / "checkpoints")
+    job = prepare(directory, dataset, settings, accelerator, bars)
+    run_epochs(job)
+    metrics, gallery = job.evaluate()
+    metrics |= about(job, time.perf_counter() - start)
+    if accelerator.is_main_process:
+        job.model.save_pretrained(directory)
+        write_tensors(directory / "reference.safetensors", {"gallery": gallery[:16]})
+        write_json(directory / "metrics.json", metrics)  # last: a run that has it is whole
     return metrics
 
 

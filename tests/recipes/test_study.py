@@ -26,7 +26,7 @@ def tiny(study):
         size=(32, 16),
         people=12,
         length=(3, 5),
-        frames=2,
+        frames=3,  # not below the stride of fgra
         identities=4,
         encoder_steps=2,
         steps=2,
