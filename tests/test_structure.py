@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "losses": {"aggregators"},
     "models": {"_files", "_version", "aggregators"},
     "data": {"_files"},
-    "retrieval": set(),
+    "retrieval": {"_files", "data"},  # data: at need, for tracklets
     "inference": {"aggregators", "losses", "models", "data", "retrieval"},
     "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "losses", "models", "data", "retrieval", "inference"},
@@ -33,7 +33,7 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "losses": set(),
     "models": {"huggingface_hub", "safetensors", "timm"},
     "data": {"PIL", "h5py", "scipy", "torchvision"},
-    "retrieval": set(),
+    "retrieval": {"PIL", "faiss"},
     "inference": {"tqdm"},
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},

@@ -197,8 +197,7 @@ class TrackletData:
     @property
     def query_index(self) -> list[int]:
         """For each query its own place in the gallery, -1 where the gallery does not contain it."""
-        place = {tracklet_key(t): i for i, t in enumerate(self.gallery)}
-        return [place.get(tracklet_key(t), -1) for t in self.query]
+        return query_index(self.query, self.gallery)
 
     def with_flow_root(self, root: str | Path) -> "TrackletData":
         """The same data set, its optical flow in the folder ``root`` (``--out`` of ``recipes/compute_flow.py``).
@@ -266,6 +265,12 @@ def check_flow(tracklets: Iterable[Tracklet]) -> None:
                 f"it can be computed ({COMMAND}). Build the model with flow=False."
             )
         tracklet.load_flow([])
+
+
+def query_index(query: Iterable[Tracklet], gallery: Iterable[Tracklet]) -> list[int]:
+    """For each query its own place in the gallery, -1 where the gallery does not contain it."""
+    place = {tracklet_key(t): i for i, t in enumerate(gallery)}
+    return [place.get(tracklet_key(t), -1) for t in query]
 
 
 def tracklet_key(tracklet: Tracklet) -> object:
