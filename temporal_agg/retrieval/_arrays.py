@@ -45,8 +45,8 @@ def as_tensors(**arrays: np.ndarray | Tensor) -> list[Tensor]:
     for name, tensor in zip(arrays, found, strict=True):
         if tensor.device != found[0].device:
             raise ValueError(
-                f"{names} must be on one device, but {next(iter(arrays))} is on {found[0].device}, the {name} is on "
-                f"{tensor.device}: move one to the other's."
+                f"{names} must be on one device, got {found[0].device} and, for {name}, {tensor.device}: move one to "
+                "the other's."
             )
     return found
 

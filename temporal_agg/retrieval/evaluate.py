@@ -110,7 +110,9 @@ def evaluate(
         n = len(hits)
         if not n:
             return np.nan, np.nan, 0
-        wrong = _at_or_below(row, hits) - sum(_at_or_below(row[part], hits) for part in seen.not_wrong)
+        wrong = _at_or_below(row, hits)
+        for part in seen.not_wrong:
+            wrong -= _at_or_below(row[part], hits)
         count = np.arange(1, n + 1)
         rank = wrong + count
         precision = count / rank
@@ -160,7 +162,7 @@ def evaluate_tracklets(
     return evaluate(distances, **tracklet_ids(query, gallery), ranks=ranks, ap=ap)
 
 
-def tracklet_ids(query: Sequence[Any], gallery: Sequence[Any]) -> dict[str, list[int]]:
+def tracklet_ids(query: Sequence[Any], gallery: Sequence[Any]) -> dict[str, Any]:
     """What ``evaluate`` and ``open_set`` ask of tracklets, by the names of their arguments."""
     from ..data.tracklet import query_index  # at need: the rest knows nothing of tracklets
 
@@ -175,7 +177,7 @@ def tracklet_ids(query: Sequence[Any], gallery: Sequence[Any]) -> dict[str, list
         "gallery_pids": [t.pid for t in gallery],
         "gallery_cams": [t.camera for t in gallery],
         "query_index": query_index(query, gallery),
-        "ambiguous_pids": [-1 if pid is None else pid for pid in other],
+        "ambiguous_pids": [-1 if pid is None else pid for pid in other] if any(p is not None for p in other) else None,
     }
 
 
@@ -216,22 +218,23 @@ class Protocol:
         self.own = np.full(Q, -1) if query_index is None else ids("query_index", query_index, Q, fits)
         _check_ids(self.pids, gallery_pids, self.own)
         self.gallery_pids = gallery_pids
-        self.of_person = _by_value(gallery_pids)
-        self.junk = self.of_person(-1)
-        self.ambiguous = np.full(G, -1)
-        if ambiguous_pids is not None:
-            self.ambiguous = ids("ambiguous_pids", ambiguous_pids, G, fits)
-        self.maybe = _by_value(self.ambiguous)
+        self.persons = _Places(gallery_pids, self.pids)
+        self.junk = np.flatnonzero(gallery_pids == -1)
+        self.ambiguous = None if ambiguous_pids is None else ids("ambiguous_pids", ambiguous_pids, G, fits)
+        self.maybe = None if self.ambiguous is None else _Places(self.ambiguous, self.pids)
 
     def of(self, q: int) -> Seen:
         """What a query sees."""
-        person, pid = self.of_person(self.pids[q]), self.pids[q]
-        ignored = (person == self.own[q]) | (self.ambiguous[person] == pid)
+        person = self.persons.of(q)
+        ignored = person == self.own[q]
         if self.cams[q] != -1:
             ignored |= self.gallery_cams[person] == self.cams[q]
-        maybe = self.maybe(pid)
-        maybe = maybe[(self.gallery_pids[maybe] != pid) & (self.gallery_pids[maybe] != -1)]
-        return Seen(person[~ignored], tuple(part for part in (person, self.junk, maybe) if len(part)))
+        if self.ambiguous is None or self.maybe is None:
+            return Seen(person[~ignored], (person, self.junk))
+        ignored |= self.ambiguous[person] == self.pids[q]
+        maybe = self.maybe.of(q)
+        pids = self.gallery_pids[maybe]
+        return Seen(person[~ignored], (person, self.junk, maybe[(pids != self.pids[q]) & (pids != -1)]))
 
     def each(self, work: Any) -> list[Any]:
         """``work(query, its distances)`` for each query, on as many cores as torch may use, in order."""
@@ -271,16 +274,16 @@ def _at_or_below(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return np.count_nonzero(values <= thresholds[:, None], axis=1)
 
 
-def _by_value(values: np.ndarray) -> Any:
-    """A function: value -> the places that have it, in order."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
+class _Places:
+    """For each of the persons looked for, the places in a list that have this person."""
 
-    def places(value: int) -> np.ndarray:
-        first, last = np.searchsorted(ordered, value), np.searchsorted(ordered, value, "right")
-        return order[first:last]
+    def __init__(self, listed: np.ndarray, persons: np.ndarray):
+        self.order = np.argsort(listed, kind="stable")
+        ordered = listed[self.order]
+        self.first, self.last = (np.searchsorted(ordered, persons, side) for side in ("left", "right"))
 
-    return places
+    def of(self, q: int) -> np.ndarray:
+        return self.order[self.first[q] : self.last[q]]
 
 
 def _cores() -> int:
