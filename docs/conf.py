@@ -14,13 +14,9 @@ import temporal_agg
 
 project = "temporal-agg"
 version = release = temporal_agg.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "Temporal aggregators for video person re-identification",
-    "page_width": "1100px",
-    "sidebar_width": "240px",
-}
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+html_theme = "furo"
+html_title = f"temporal-agg {version}"
 html_show_copyright = html_show_sourcelink = False
 html_copy_source = False
 myst_heading_anchors = 3

@@ -36,27 +36,6 @@ LONG_RUN = 10  # seconds: runs that take longer say where the time went
 
 _logger = logging.getLogger(__name__)
 
-if not hasattr(ClipTransform, "for_model"):  # TO DELETE AT MERGE: the data owner's ClipTransform has all of it
-
-    class ClipTransform(ClipTransform):  # type: ignore[no-redef]
-        @classmethod
-        def for_model(cls, model):
-            c = model.data_config
-            return cls(c["input_size"][1:], c["mean"], c["std"], c["interpolation"])
-
-        def resize(self, frames):
-            from torchvision.transforms.v2 import functional as F
-
-            return torch.stack(
-                [F.resize(f, self.resized, interpolation=self.interpolation, antialias=True) for f in frames]
-            )
-
-        def resize_flow(self, flow):
-            return torch.stack([self._resize_flow(f) for f in flow])
-
-        def normalize(self, x):
-            return x.float().sub_(self.mean.float().to(x.device)).div_(self.std.float().to(x.device))
-
 
 def embed_tracklets(
     model: "TrackletModel",
