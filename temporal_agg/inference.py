@@ -440,7 +440,7 @@ def _join(batches: Sequence[Tensor]) -> Tensor:
 def _bar(total: int, progress: bool) -> Any:
     if progress:
         try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             return tqdm(total=total, unit="frame", desc="embed", disable=None, leave=False)
         except ImportError:
