@@ -159,9 +159,9 @@ class TrackletStream(Generic[Id]):
     def _advance(self, news: "list[tuple[_Track, list[Frame]]]") -> None:
         """Updates the aggregator's states; those of one shape go through it together."""
         aggregator: Any = self.model.aggregator
-        for track, _ in news:
+        for track, new in news:
             if track.state is None:
-                track.state = aggregator.begin(1)
+                track.state = aggregator.begin(1, new[0][0])
         for group in _alike(news, lambda item: _shapes(item[0].state)):
             longest = max(len(new) for _, new in group)
             rows = [torch.stack([features for features, _ in new]) for _, new in group]

@@ -552,3 +552,41 @@ def test_on_the_gpu():
     assert got.device.type == "cpu"
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert torch.equal(got, embed(model, items, frames_per_batch=10))
+
+
+@pytest.mark.parametrize("clip", [ClipConfig(4), ClipConfig(8, test_sampling="all"), ClipConfig(6, stride=3)])
+@pytest.mark.parametrize("name", ["attention", "loga", "gsta"])
+def test_frames_of_somebody_else_are_rejected(name, clip, whole_batches):
+    robust = pytest.importorskip("temporal_agg.aggregators.robust")
+    model = build(
+        name, **({"clip": clip} if name != "loga" else {}), **({"hidden_features": 16} if name == "gsta" else {})
+    )
+    rng = np.random.default_rng(0)
+
+    def frames(level, n):
+        return [rng.integers(level, level + 30, (32, 16, 3), dtype=np.uint8) for _ in range(n)]
+
+    items = [
+        Tracklet([*frames(20, 9), *frames(200, 6), *frames(20, 8)], 1),  # whole clips of others among them
+        Tracklet(frames(120, 13), 1),
+        Tracklet([*frames(30, 1)], 1),
+    ]
+    got = embed(model, items, frames_per_batch=5, reject_outliers=True)
+    rows = []
+    transform = ClipTransform.for_model(model)
+    with torch.no_grad():
+        for item in items:
+            features, images = model.frame_features(transform(item.load(range(len(item)))))
+            vectors = features.mean((2, 3)) if features.dim() == 4 else features
+            good = robust.outlier_mask(vectors[None])[0]
+            indices, mask = model.clip.cut(len(item))
+            mask = mask & good[indices]
+            clips = [
+                model.aggregate(features[i][None], m[None], images=images if images is None else images[i][None])[0]
+                for i, m in zip(indices, mask, strict=True)
+                if m.any()
+            ]
+            rows.append(torch.stack(clips).mean(0))
+            if item is items[0]:
+                assert not good[9:15].any()
+    torch.testing.assert_close(got, torch.stack(rows), rtol=1e-4, atol=1e-5)

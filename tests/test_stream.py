@@ -36,7 +36,7 @@ class StreamingMean(Aggregator):
         weights = mask / mask.sum(1, keepdim=True)
         return Details((x * weights[..., None]).sum(1), mask, weights, {}, {})
 
-    def begin(self, batch):
+    def begin(self, batch, like=None):
         return Sums(torch.zeros(batch, C), torch.zeros(batch))
 
     def update(self, state, features, mask=None):
