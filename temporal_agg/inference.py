@@ -382,7 +382,7 @@ class _Features:
         return _join(features)[places], None if images[0] is None else _join(images)[places]
 
     def chunks(self, first: int, last: int) -> Iterator[Tensor]:
-        """The features ``[1, t, ...]`` of successive frames, a batch at a time; each is let go before the next is made."""
+        """The features ``[1, t, ...]`` of successive frames by batches, each let go before the next is made."""
         while first < last:
             stop = min(first + self.runner.frames_per_batch, last)
             self.drop(first)
@@ -421,10 +421,9 @@ def _embed(
         owners, frames, mask = call
         first, last = int(frames.min()), int(frames.max()) + 1
         if reject_outliers:
-            for judged in range(judged, int(owners.max()) + 1):
-                start = ends[judged - 1] if judged else 0
-                if start >= features.start:  # else it is done already
-                    trusted[start : ends[judged]] = features.trusted(start, ends[judged])
+            while judged <= int(owners.max()):
+                start, judged = (ends[judged - 1] if judged else 0), judged + 1
+                trusted[start : ends[judged - 1]] = features.trusted(start, ends[judged - 1])
             mask = mask & trusted[frames]
             some = mask.any(1)  # a clip of nobody but others is left out
             count.index_add_(0, owners[~some], torch.full_like(owners[~some], -1))

@@ -83,9 +83,9 @@ class TrackletStream(Generic[Id]):
         self.max_frames = max(64, least) if max_frames is None else max_frames
         self.max_tracks = max_tracks
         self._tracks: dict[Id, _Track] = {}  # the track that was updated last stands last
-        self._streams = clip.test_sampling == "all" and bool(
-            getattr(self.model.aggregator, "supports_streaming", False)
-        )
+        with self.runner.running():  # what an aggregator supports may depend on its mode
+            supported = bool(getattr(self.model.aggregator, "supports_streaming", False))
+        self._streams = clip.test_sampling == "all" and supported
 
     def update(self, crops: Sequence[Crop], ids: Sequence[Id]) -> None:
         """Appends frames to tracks.
@@ -157,20 +157,14 @@ class TrackletStream(Generic[Id]):
             raise KeyError(f"no track {track!r}: it has had no crop, or was dropped.") from None
 
     def _advance(self, news: "list[tuple[_Track, list[Frame]]]") -> None:
-        """Updates the aggregator's states; those of one shape go through it together."""
+        """Updates the aggregator's states; tracks with as many new frames and states of one shape go together."""
         aggregator: Any = self.model.aggregator
         for track, new in news:
             if track.state is None:
                 track.state = aggregator.begin(1, new[0][0])
-        for group in _alike(news, lambda item: _shapes(item[0].state)):
-            longest = max(len(new) for _, new in group)
-            rows = [torch.stack([features for features, _ in new]) for _, new in group]
-            features = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
-            mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=features.device)
-            for place, row in enumerate(rows):
-                features[place, : len(row)], mask[place, : len(row)] = row, True
-            full = all(len(row) == longest for row in rows)
-            state = aggregator.update(_stack([t.state for t, _ in group]), features, None if full else mask)
+        for group in _alike(news, lambda item: (len(item[1]), _shapes(item[0].state))):
+            features = torch.stack([torch.stack([frame for frame, _ in new]) for _, new in group])
+            state = aggregator.update(_stack([track.state for track, _ in group]), features)
             for (track, _), own in zip(group, _unstack(state, len(group)), strict=True):
                 track.state = own
 
