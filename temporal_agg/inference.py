@@ -20,7 +20,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
 
 if TYPE_CHECKING:
-    from .aggregators import Aggregator
     from .models import TrackletModel
 
 __all__ = ["FrameRunner", "Precision", "allowed_cores", "embed_tracklets", "fastest_memory_format"]
@@ -431,7 +430,7 @@ def _embed(
             if not len(owners):
                 continue
         if (
-            getattr(model.aggregator, "supports_streaming", False)
+            _supports_streaming(model.aggregator)
             and frames.shape[1] > frames_per_batch
             and bool(mask.all())
             and not reject_outliers
@@ -458,13 +457,19 @@ def _add(out: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
         done.clear()
 
 
-def _streamed(aggregator: "Aggregator", chunks: Iterable[Tensor]) -> Tensor:
+def _streamed(aggregator: Any, chunks: Iterable[Tensor]) -> Tensor:
     """The embedding ``[1, D]`` of one clip whose features ``[1, t, ...]`` come in pieces."""
+    if hasattr(aggregator, "stream"):  # TO DELETE once GSTA.stream is gone
+        return aggregator.stream(chunks).embedding
     state = None
     for chunk in chunks:
         state = aggregator.update(aggregator.begin(1, chunk) if state is None else state, chunk)
         del chunk  # or it would live on while the next one is made
     return aggregator.read(state).embedding
+
+
+def _supports_streaming(aggregator: Any) -> bool:  # TO DELETE then too: aggregator.supports_streaming
+    return bool(getattr(aggregator, "supports_streaming", hasattr(aggregator, "stream")))
 
 
 def _join(batches: Sequence[Tensor]) -> Tensor:
