@@ -314,7 +314,7 @@ class GLTR(Aggregator):
         return {**kinds, "mean": MapKind(("features",), "signed", "f, their mean (Eq. 4)")}
 
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
-        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' (both N*d wide), ``mean`` f ``[B, N*d]``.
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' (N*d wide), ``mean`` f ``[B, N*d]``.
 
         Without DTP there is no F', without TSA no F''.
         """
