@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .aggregators import Aggregator, Details
-from .aggregators.base import MapKind
+from .aggregators import Aggregator, Details, MapKind
 from .data import ClipTransform, Tracklet, check_flow
 from .inference import embed_tracklets
 from .retrieval.evaluate import ranked_gallery
@@ -378,7 +377,7 @@ class _Map:
             low, high = self.count * float(x.min()), self.count * float(x.max())
             off = max(1 - low, high - 1)
             says = (
-                f"uniform to within {100 * off:.2g} %" if off <= UNIFORM else f"{low:.2g} to {high:.2g} times uniform"
+                f"uniform to within {100 * off:.2g} %" if off <= UNIFORM else f"{low:.2f} to {high:.2f} times uniform"
             )
             self.relative = np.log2((self.count * x).clip(1 / CAP, CAP))
             bottom, top = -np.log2(CAP), np.log2(CAP)
@@ -508,7 +507,7 @@ class _Page:
             if stripes:
                 x0, x1, y0, y1 = boxes[0]
                 top, bottom = (y1 - (y1 - y0) * k / stripes for k in (n, n + 1))
-                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color=f"C{n}", linewidth=2)
+                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color="#ff3b30", linewidth=1.5)
             axes.set(xlim=(0, self.width), ylim=(0, self.tall))
             self.y += self.tall
 
