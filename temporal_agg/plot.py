@@ -296,8 +296,8 @@ def _clips(model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tenso
 
 
 def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tensor, finer: bool) -> _Clip:
-    config, device = model.data_config, next(model.parameters()).device
-    transform = ClipTransform(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])
+    device = next(model.parameters()).device
+    transform = ClipTransform.for_model(model)
     frames = tracklet.load(indices)
     flow = None
     if getattr(model.encoder, "uses_flow", False):
@@ -306,21 +306,14 @@ def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tens
     made = transform(frames, flow=flow)
     inputs = (made,) if isinstance(made, Tensor) else made
     batches = zip(*(x.to(device).split(ENCODE) for x in inputs), strict=True)
-    features, images = zip(*(_frame_features(model, *batch) for batch in batches), strict=True)
+    features, images = zip(*(model.frame_features(*batch) for batch in batches), strict=True)
     clip = (torch.cat(features)[None], mask[None].to(device))
     clip_images = None if images[0] is None else torch.cat(images)[None]
     if finer:
         details = model.aggregator.inspect(*clip, frames=clip_images)
     else:
-        details = model.aggregator(*clip, frames=clip_images, return_details=True)
-    return _Clip(indices.numpy(), details._replace(supervised={}), tuple(config["input_size"][1:]))
-
-
-def _frame_features(model: "TrackletModel", frames: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """What the aggregator reads of each frame."""
-    features = model.encode_frames(frames, flow)
-    needs = model.aggregator
-    return features if needs.needs_maps else features.mean((2, 3)), frames if needs.needs_frames else None
+        details = model.aggregate(*clip, images=clip_images, return_details=True)
+    return _Clip(indices.numpy(), details._replace(supervised={}), tuple(model.data_config["input_size"][1:]))
 
 
 def _model(model: "TrackletModel") -> "TrackletModel":
