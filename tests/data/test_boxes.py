@@ -128,6 +128,11 @@ def test_columns_by_name(write):
     for wrong in ("yolo", "frame,id,left,top", "frame,id,left,top,width,height,depth", "frame,frame,id,left,top,width"):
         with pytest.raises(ValueError, match="columns must be one of mot-gt, mot15-gt, mot, boxmot, visdrone"):
             read_boxes(nine, wrong)
+    headed = write("f,i,a,b,w,h", "1,1,20,60,40,120")
+    assert len(read_boxes(headed, "frame,id,left,top,width,height").boxes) == 1
+    gap = read_boxes(write("1,1,20,60,40,120,,1,0.5", "2,1,20,60,40,120,1,1,"), "mot-gt")
+    assert [box.visibility for box in gap.boxes] == [0.5, None], "what is left out moves nothing"
+    assert read_boxes(write("1,1,20,60,40,120,0.5,", "2,1,20,60,40,120,0.5,")).layout.startswith("mot "), "a comma more"
     corners = read_boxes(write("7,3,20,60,50,160,0.5,1"), "id,frame,left,top,right,bottom,conf,-").boxes[0]
     assert corners == Box(3, 7, 19, 59, 30, 100, 0.5)
     with pytest.raises(ValueError, match="no column that is a class"):
