@@ -207,8 +207,8 @@ def _load_released(
     """The model of an entry of the manifest, with the options that it was trained with, but for ``kwargs``."""
     if not weights.released:
         raise FileNotFoundError(
-            f"the weights {weights.name} are planned and have not been released, so that the Hub is not asked for them. "
-            "Until then: backbone_pretrained=True starts from timm's backbone weights, checkpoint_path=... loads your "
+            f"the weights {weights.name} are planned and have not been released: the Hub is not asked for them. Until "
+            "then: backbone_pretrained=True starts from timm's backbone weights, checkpoint_path=... loads your "
             f"own, `{weights.command}` trains them, and 'hf-hub:<owner>/<repo>' loads what somebody whom you trust has "
             "published."
         )
