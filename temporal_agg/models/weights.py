@@ -340,7 +340,7 @@ def _wrapped(module: nn.Module) -> str | None:
     """The name under which a wrapper holds the module that it wraps; None: it is no wrapper."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
-    return "_orig_mod" if "_orig_mod" in module._modules else None
+    return "_orig_mod" if "_orig_mod" in getattr(module, "_modules", ()) else None
 
 
 class _Type:

@@ -155,7 +155,7 @@ def test_of_two_networks_of_one_shape_one_has_to_be_named(model, backbone, tmp_p
 def test_wrapped_models_are_taken(model, tmp_path, wrap):
     want = {key: value + 1 for key, value in model.state_dict().items()}
     safetensors.torch.save_file(want, tmp_path / "x.safetensors")
-    assert unwrap(wrap(wrap(model))) is model
+    assert unwrap(nn.DataParallel(wrap(model))) is unwrap(wrap(nn.DataParallel(model))) is model
     model.encoder = wrap(model.encoder)
     report = load_weights(nn.DataParallel(model), tmp_path / "x.safetensors")
     assert report.loaded == tuple(want)
