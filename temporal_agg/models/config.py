@@ -39,7 +39,7 @@ _OPTIONAL: dict[str, type] = {"weights": str}
 _NOT_IN_CONFIG = {"pretrained", "grad_checkpointing"}  # arguments that leave the loaded model what it is
 _DATA = ("input_size", "mean", "std", "interpolation")
 _BRIGHTEST = 255  # of any pixel, in any unit
-_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact", "lanczos", "hamming", "box")  # torchvision's
 
 Model = TypeVar("Model", bound=TrackletModel)
 
@@ -112,6 +112,17 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     return config
+
+
+def differences(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """The options in which a model is not the one that a ``config.json`` describes, each with both values."""
+    ours, theirs = describe(model), read(path)
+    return [
+        f"{part}.{key} is {ours[part].get(key)!r}, there {theirs[part].get(key)!r}"
+        for part in ("encoder", "aggregator")
+        for key in {**ours[part], **theirs[part]}
+        if key != "img_size" and json.dumps(ours[part].get(key)) != json.dumps(theirs[part].get(key))
+    ]
 
 
 def build(path: str | os.PathLike, cls: type[Model] = TrackletModel, **changes: Any) -> Model:  # type: ignore[assignment]

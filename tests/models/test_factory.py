@@ -160,6 +160,15 @@ def test_checkpoints_load_without_backbone_weights(tmp_path, offline):
         assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
 
 
+def test_a_checkpoint_of_other_options_is_said(tmp_path, caplog):
+    small = {"img_size": SIZE, "embed_features": 8}
+    create_model("gltr_test_resnet", normalize="softmax", **small).save_pretrained(tmp_path)
+    create_model("gltr_test_resnet", checkpoint_path=tmp_path, **{**small, "img_size": (32, 32)})
+    assert caplog.text == ""
+    create_model("gltr_test_resnet", normalize="none", checkpoint_path=tmp_path, **small)
+    assert "trained with other options: aggregator.normalize is 'none', there 'softmax'" in caplog.text
+
+
 def test_a_file_for_the_backbone(tmp_path, offline, caplog, monkeypatch):
     theirs = timm.create_model("test_resnet", num_classes=7).state_dict()
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -188,6 +188,14 @@ def test_encoder_without_a_flow_stem():
         m(rgb, flow)
 
 
+def test_flow_is_divided_by_its_scale():
+    rgb, flow = frames()
+    got = encoder(flow_scale=4).eval()(rgb, flow)
+    assert torch.equal(got, encoder().eval()(rgb, flow / 4))
+    with pytest.raises(ValueError, match="positive number of pixels, got 0"):
+        encoder(flow_scale=0)
+
+
 def test_without_attention_it_is_the_two_stem_resnet():
     m = encoder(variant="none").eval()
     rgb, flow = frames()
@@ -264,5 +272,5 @@ def test_model_by_name(flow, tmp_path):
 
 def test_listed_models():
     assert list_models("star_*") == ["star_resnet101", "star_resnet18", "star_resnet34", "star_resnet50"]
-    with pytest.raises(TypeError, match="Its encoder has: flow, variant, reduction, width, last_stride"):
+    with pytest.raises(TypeError, match="Its encoder has: flow, variant, reduction, width, flow_scale, last_stride"):
         create_model("star_resnet18", flows=False)

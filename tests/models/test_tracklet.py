@@ -174,6 +174,7 @@ def test_any_module_can_be_the_encoder():
         def forward(self, frames, flow=None):
             return frames
 
-    model = TrackletModel(Pixels(), create_aggregator("mean", 3))
+    model = TrackletModel(nn.DataParallel(Pixels()), create_aggregator("mean", 3))
+    assert model.data_config == {"input_size": (3, 8, 4)}
     x = torch.randn(2, 4, 3, 8, 4)
     torch.testing.assert_close(model(x), x.mean((1, 3, 4)))
