@@ -356,7 +356,7 @@ def check_backbone_name(name: str) -> None:
             "pass the instance."
         )
     if not timm.is_model(arch):
-        near = [prefix + other for other in difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)]
+        near = [prefix + close for close in difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(f"timm {timm.__version__} has no model named {arch!r}; {hint}See timm.list_models().")
     if tag:
