@@ -417,8 +417,15 @@ class Parts:
     def remove(self) -> None:
         for path in self.all():
             path.unlink(missing_ok=True)
-        with suppress(Busy):
-            Parts(self.output, -1, 1).refuse_others()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Removes the locks that nobody holds."""
+        form = re.compile(r"\." + re.escape(self.output.name) + r"((\.\d+)?\.part)?\.lock")
+        for path in sorted(self.output.parent.iterdir()):
+            if form.fullmatch(path.name):
+                with suppress(Busy), locked(path, str(self.output)):
+                    pass
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

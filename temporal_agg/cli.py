@@ -67,7 +67,10 @@ def run_embed(args: argparse.Namespace) -> None:
     parts, before = Parts(output, rank, world), stamp(output)
     check_kind(output)
     check_folder(output)
-    check_output(output, args.overwrite or args.append or bool(parts.all()))
+    allowed = args.overwrite or args.append or bool(parts.all())
+    if output.exists() and not allowed:
+        parts.sweep()
+    check_output(output, allowed)
     with parts.locked(parts.own):
         parts.refuse_others()
         job = prepare(args.folder, args.model, args)
@@ -274,6 +277,7 @@ def run_index(args: argparse.Namespace) -> None:
     exact = retrieval.search(queries, gallery.embeddings, k, gallery.distance).indices
     got = retrieval.search_index(index, queries, k).indices
     recall = (exact[:, :, None] == got[:, None]).any(2).float().mean()
+    check_output(args.output, args.overwrite, args.gallery)  # again: this may have taken a while
     retrieval.save_index(index, args.output)
     say(f"{args.output}: {len(gallery.names)} tracklets; of the {k} nearest of {len(rows)} it finds {recall:.1%}.")
 
@@ -303,10 +307,8 @@ def run_merge(args: argparse.Namespace) -> None:
     for path, part in zip(args.files, parts, strict=True):
         check_comparable(args.files[0], parts[0], path, part.model, part.fingerprint)
     found = merge_embeddings(*parts)
-    if args.overwrite:
-        write_embeddings(args.output, found)
-    else:
-        save(args.output, False, lambda temporary: write_embeddings(temporary, found))
+    check_output(args.output, args.overwrite, *args.files)  # again: this may have taken a while
+    write_embeddings(args.output, found)
     say(f"{args.output}: {len(found.names)} embeddings of {len(parts)} files.")
 
 
@@ -402,6 +404,7 @@ def check_output(output: Path | None, overwrite: bool, *inputs: Path | str | Non
     if output is None:
         return
     check_folder(output)
+    sweep(output.parent, output.name)
     if output.exists():
         for source in filter(None, inputs):
             path = Path(expanded(str(source)).removeprefix("local-dir:"))
@@ -409,7 +412,6 @@ def check_output(output: Path | None, overwrite: bool, *inputs: Path | str | Non
                 raise ValueError(f"the output {output} is an input, or part of one ({source}): choose another name.")
         if not overwrite:
             raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
-    sweep(output.parent, output.name)
 
 
 def save(path: Path, overwrite: bool, write: Callable[[Path], object]) -> None:

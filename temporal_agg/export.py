@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ._files import replace_file
+from ._files import locked, replace_file
 from ._version import __version__
 from .aggregators import Aggregator
 from .aggregators.registry import registry_entry
@@ -17,6 +17,7 @@ from .models.hub import describe
 
 __all__ = ["export_onnx"]
 
+OLDEST = (2, 9)  # of torch
 LIMIT = 2**31 - 2**24  # bytes that one ONNX file can hold, less some for the graph
 
 
@@ -60,12 +61,16 @@ def export_onnx(
         frame_size: height and width of the images, for an aggregator alone that reads them.
 
     Raises:
-        ImportError: the extra ``export`` is not installed.
+        ImportError: the extra ``export`` is not installed, or torch is older than 2.9.
+        Busy: another process writes the same file.
         FileNotFoundError: the folder does not exist.
         TypeError: neither a model nor an aggregator.
         ValueError: a length or size that does not fit, or more than 2 GB of weights, which one file cannot hold.
         RuntimeError: the model cannot be exported, or its file computes something else. The cause is attached.
     """
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < OLDEST:
+        raise ImportError(f"ONNX files need torch >= 2.9, this is {torch.__version__}: pip install -U torch torchvision")
     try:
         import onnx  # noqa: F401
         import onnxruntime
