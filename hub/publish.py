@@ -12,27 +12,27 @@ The release is a directory that create_model("local-dir:...") loads: config.json
 card), metrics.json and settings.json, in which <root> and <out> stand for places on the machine that trained it.
 """
 
-import argparse
 import dataclasses
 import json
 import re
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 
-import safetensors.torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from evaluate import open_splits, own_data
+import common
+from common import METRICS, open_splits, own_data, read_metrics, write_json, write_text
 
 import temporal_agg
+from temporal_agg.aggregators import registry_entry
+from temporal_agg.files import locked, read_json, read_text, replace_file, sweep
 from temporal_agg.models import hub, manifest
 from temporal_agg.models.weights import sha256_of
 
 RUN_FILES = ("settings.json", "metrics.json", "config.json", "model.safetensors", "reference.safetensors")
-METRICS = ("map", "rank1", "rank5", "rank10", "rank20", "minp")
+RELEASE = ("README.md", "config.json", "metrics.json", "model.safetensors", "settings.json")
 
 OWN_TERMS = "set by its owners; ask them"
 DATA = {  # what it is, and its terms
@@ -49,58 +49,6 @@ DATA = {  # what it is, and its terms
 
 DEMONSTRATION = "This model shows how the library works; on real people it is worth nothing."
 
-PAPERS = {  # authors, title, venue, year; and what it reports: rank-1 and mAP by data set
-    "loga": (
-        "Local-Global Associative Frame Assemble in Video Re-ID",
-        "Qilei Li and Jiabo Huang and Shaogang Gong",
-        "British Machine Vision Conference (BMVC)",
-        2021,
-        {
-            "mars": (89.5, 84.1),
-            "duke": (97.0, 96.6),
-            "duke-si": (81.0, 76.6),
-            "ilids-vid": (91.3, None),
-            "prid-2011": (95.9, None),
-        },
-    ),
-    "star": (
-        "Spatio-Temporal Associative Representation for Video Person Re-Identification",
-        "Guile Wu and Xiatian Zhu and Shaogang Gong",
-        "British Machine Vision Conference (BMVC)",
-        2019,
-        {"mars": (85.4, 76.0), "duke": (94.0, 93.4), "ilids-vid": (85.9, None), "prid-2011": (93.4, None)},
-    ),
-    "gltr": (
-        "Global-Local Temporal Representations For Video Person Re-Identification",
-        "Jianing Li and Jingdong Wang and Qi Tian and Wen Gao and Shiliang Zhang",
-        "IEEE/CVF International Conference on Computer Vision (ICCV)",
-        2019,
-        {
-            "mars": (87.02, 78.47),
-            "duke": (96.29, 93.74),
-            "ilids-vid": (86.0, None),
-            "prid-2011": (95.5, None),
-            "ls-vid": (63.07, 44.32),
-        },
-    ),
-    "fgra": (
-        "Frame-Guided Region-Aligned Representation for Video Person Re-Identification",
-        "Zengqun Chen and Zhiheng Zhou and Junchu Huang and Pengyu Zhang and Bo Li",
-        "AAAI Conference on Artificial Intelligence",
-        2020,
-        {"mars": (87.3, 81.2), "ilids-vid": (88.0, 91.9), "prid-2011": (95.5, 97.3)},
-    ),
-    "grl": (
-        "Watching You: Global-guided Reciprocal Learning for Video-based Person Re-identification",
-        "Xuehu Liu and Pingping Zhang and Chenyang Yu and Huchuan Lu and Xiaoyun Yang",
-        "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
-        2021,
-        {"mars": (91.0, 84.8), "ilids-vid": (90.4, None), "prid-2011": (96.2, None)},
-    ),
-}
-PAPERS["gsta"] = PAPERS["star"]
-
-
 FLOW = " It reads optical flow, too: temporal-agg's `recipes/compute_flow.py` puts it beside the frames of a data set."
 
 
@@ -110,17 +58,9 @@ def read_run(run: Path) -> tuple[dict, dict, dict]:
     Raises:
         ValueError: it is not finished, or its metrics are not whole.
     """
-    missing = [name for name in RUN_FILES if not (run / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{run} is no finished run of recipes/train.py: {', '.join(missing)} is missing. The command that started "
-            "it goes on with it."
-        )
-    metrics = json.loads((run / "metrics.json").read_text())
-    bad = [key for key in METRICS if not 0 <= metrics.get(key, -1) <= 1]
-    if bad:
-        raise ValueError(f"{run / 'metrics.json'}: {', '.join(bad)} is missing or not between 0 and 1.")
-    return json.loads((run / "settings.json").read_text()), metrics, hub.read_config(run / "config.json")
+    settings, environment = common.read_run(run)
+    config = hub.read_config(run / "config.json")
+    return {"settings": settings, "environment": environment}, read_metrics(run / "metrics.json"), config
 
 
 def check_embeddings(model: temporal_agg.TrackletModel, run: Path) -> int:
@@ -129,7 +69,9 @@ def check_embeddings(model: temporal_agg.TrackletModel, run: Path) -> int:
     Raises:
         ValueError: they are not what the trained model gave.
     """
-    expected = safetensors.torch.load_file(run / "reference.safetensors")["gallery"]
+    expected = common.read_tensors(run / "reference.safetensors").get("gallery")
+    if expected is None:
+        raise ValueError(f"{run / 'reference.safetensors'} holds no embeddings of gallery tracklets.")
     splits = open_splits(**own_data(str(run)))
     if len(splits) > 1:
         raise ValueError(f"{run} does not say which of its {len(splits)} splits it was trained on.")
@@ -149,8 +91,8 @@ def card(
 ) -> str:
     """The model card."""
     encoder, name = config["encoder"], config["aggregator"]["name"]
-    system = "star" if encoder["type"] == "star" else name.removesuffix("_released")
-    paper, data = PAPERS.get(system), settings["settings"]["data"].partition(":")[0]
+    entry, data = registry_entry(name), settings["settings"]["data"].partition(":")[0]
+    paper = entry.paper
 
     def row(title: str, values: dict) -> str:
         cells = [f"{100 * values[key]:.1f}" if values.get(key) is not None else "" for key in METRICS]
@@ -159,19 +101,16 @@ def card(
     rows = [row("this model", metrics)]
     if metrics.get("untrained"):
         rows.append(row("the same before training", metrics["untrained"]))
-    if paper and data in paper[4]:
-        rank1, mean = (value and value / 100 for value in paper[4][data])
+    if paper and data in paper.results:
+        rank1, mean = (value and value / 100 for value in paper.results[data])
         rows.append(row("the paper reports (not measured here)", {"rank1": rank1, "map": mean}))
-    what = f"The temporal aggregator `{name}` on timm's {encoder['backbone']}"
-    what += " with STAR's blocks" if system == "star" else ""
-    what += f", of the paper *{paper[0]}* ({paper[2]}, {paper[3]})" if paper else ", a baseline"
-    what += ", as in the code that its authors released" if name.endswith("_released") else ""
-    keys = ("title", "author", "booktitle", "year")
-    bibtex = "\n".join(f"  {key} = {{{value}}}," for key, value in zip(keys, paper or (), strict=False))
+    what = f"The temporal aggregator `{name}` on {encoder['backbone']}"
+    what += f", of *{paper.title}* ({paper.name}; {paper.venue}, {paper.year})" if paper else ", a baseline"
+    what += f": {entry.note}" if entry.note else ""
     _, height, width = model.data_config["input_size"]
-    return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
+    return Template(read_text(Path(__file__).parent / "card.md")).substitute(
         {key: value for key, value in dataclasses.asdict(weights).items() if value is not None},
-        system=system,
+        system=paper.name.lower() if paper else name,
         what=f"{what}.",
         features=model.num_features,
         distance=model.clip.distance,
@@ -183,7 +122,7 @@ def card(
         results="\n".join(rows),
         flow=FLOW if model.encoder.uses_flow else "",
         worth=DEMONSTRATION if data == "synthetic" else "",
-        citation=f"```bibtex\n@inproceedings{{{system}{paper[3]},\n{bibtex}\n}}\n```" if paper else "None: a baseline.",
+        citation=f"```bibtex\n{paper.bibtex}\n```" if paper else "None: a baseline.",
     )
 
 
@@ -226,49 +165,65 @@ def command_of(environment: dict) -> str:
     return f"{start} recipes/{Path(script).name} {arguments}".strip()
 
 
+def check_place(out: Path, settings: dict) -> None:
+    """Raises a ValueError if a release of another run, or something else, is there and would be overwritten."""
+    there = [name for name in RELEASE if (out / name).exists()]
+    if not there:
+        return
+    mark = out / "settings.json"  # the first file of a release
+    if not mark.exists() or read_json(mark) != json.loads(json.dumps(settings)):
+        raise ValueError(f"{out} holds {', '.join(there)} of something else: choose another --out, or take them away.")
+
+
 def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: str | None) -> manifest.Weights:
     """Checks a run, writes its release, and returns its entry for the manifest."""
     settings, metrics, config = read_run(run)
     data = settings["settings"]["data"].partition(":")[0]
     name = name or f"{config['architecture'].partition('.')[0]}.{data}"
     plan = manifest.read().get(name)
-    licence = licence or (plan and plan.licence) or ("apache-2.0" if data == "synthetic" else None)
+    licence = licence or (plan.licence if plan else None) or ("apache-2.0" if data == "synthetic" else None)
     if licence is None:
         raise ValueError("say by --licence under which licence the weights may be used, such as cc-by-nc-4.0.")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        shutil.copyfile(run / file, out / file)
-    model = temporal_agg.create_model(f"local-dir:{out}")
+    checksums = {file: sha256_of(run / file) for file in ("config.json", "model.safetensors")}
+    model = temporal_agg.create_model(f"local-dir:{run}")
     print(f"{check_embeddings(model, run)} embeddings are reproduced.")
 
     metrics, settings = (without_paths(found, settings, run) for found in (metrics, settings))
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    check_place(out, settings)
     what, terms = DATA.get(data, DATA["folder"])
-    start = f"; the backbone started from timm's {config['encoder']['backbone']}"
+    started = [key for key in ("backbone_pretrained", "backbone_weights") if settings["settings"].get(key)]
+    start = f"; the backbone started from weights of {config['encoder']['backbone']}"
     weights = manifest.Weights(
         name=name,
         released=False,
         repo=repo or (plan.repo if plan else f"{manifest.owner()}/{name}"),
         revision=None,
-        sha256=sha256_of(out / "model.safetensors"),
-        size=(out / "model.safetensors").stat().st_size,
-        training_data=what + (start if settings["settings"]["pretrained"] else ""),
+        sha256=checksums["model.safetensors"],
+        size=(run / "model.safetensors").stat().st_size,
+        training_data=what + (start if started else ""),
         training_data_licence=terms,
         licence=licence,
         metrics={key: round(metrics[key], 4) for key in METRICS},
         protocol=protocol_of(metrics, model, settings["settings"]),
         command=command_of(settings["environment"]),
     )
-    (out / "README.md").write_text(card(weights, settings, metrics, config, model), encoding="utf-8")
+    text = card(weights, settings, metrics, config, model)
+    write_json(out / "settings.json", settings)
+    write_json(out / "metrics.json", metrics)
+    for file, checksum in checksums.items():
+        replace_file(out / file, copier(run / file))
+        if sha256_of(out / file) != checksum:
+            raise ValueError(f"{run / file} was changed while it was published: start again.")
+    write_text(out / "README.md", text)
     return weights
 
 
+def copier(source: Path) -> Callable[[Path], object]:
+    return lambda temporary: temporary.write_bytes(source.read_bytes())
+
+
 def main(argv: list[str] | None = None) -> manifest.Weights:
-    about, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__ or "")
     parser.add_argument("run", type=Path, help="a finished run directory of recipes/train.py")
     parser.add_argument("--repo", help="owner/name on the Hub; default: what the manifest plans, or <its owner>/<name>")
     parser.add_argument("--name", help="of the weights; default: <model>.<data>, such as loga_resnet50.mars")
@@ -279,22 +234,31 @@ def main(argv: list[str] | None = None) -> manifest.Weights:
     parser.add_argument("--manifest", type=Path, help="also write the entry into this manifest")
     args = parser.parse_args(argv)
     out = args.out or args.run / "release"
-    try:
-        weights = prepare(args.run, out, args.name, args.repo, args.licence)
-        if not args.dry_run:
-            files = ["README.md", "config.json", "metrics.json", "model.safetensors", "settings.json"]
-            commit = hub.upload(out, weights.repo, None, args.private, None, f"Release {weights.name}", files)
-            weights = dataclasses.replace(weights, released=True, revision=commit)
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"publish.py: {error}") from error
-    print(
-        f"{out} " + ("holds the release; nothing is uploaded." if args.dry_run else f"is at {weights.repo}@{commit}.")
-    )
+    with common.one_line("publish.py", TypeError):
+        if args.manifest:
+            read_json(args.manifest)  # what is wrong with it shows before anything is uploaded
+        missing = [name for name in RUN_FILES if not (args.run / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{args.run} is no finished run of recipes/train.py: {', '.join(missing)} is missing. The command that "
+                "started it goes on with it."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / ".lock", str(out)):
+            sweep(out)
+            weights = prepare(args.run, out, args.name, args.repo, args.licence)
+            if not args.dry_run:
+                commit = hub.upload(
+                    out, weights.repo, None, args.private, None, f"Release {weights.name}", list(RELEASE)
+                )
+                weights = dataclasses.replace(weights, released=True, revision=commit)
+        if args.manifest:
+            manifest.write(weights, args.manifest)
+    where = "holds the release; nothing is uploaded" if args.dry_run else f"is at {weights.repo}@{weights.revision}"
+    print(f"{out} {where}.")
     print(json.dumps({weights.name: {k: v for k, v in dataclasses.asdict(weights).items() if k != "name"}}, indent=2))
-    if args.manifest:
-        manifest.write(weights, args.manifest)
     return weights
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, "the same command starts again, and sends nothing twice")

@@ -20,15 +20,16 @@ for --epsilon: at OpenCV's 0.01 it takes two to nine times as long, and brings a
 """
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -50,29 +51,34 @@ PART = 32  # frames
 
 
 def image_size(text: str) -> tuple[int, int]:
-    height, width = map(int, text.lower().split("x"))
+    height, width = common.image_size(text)
     if height < 16 or width < 16:
         raise ValueError
     return height, width
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.parser_of(__doc__ or "")
     parser.add_argument("--data", required=True, help="folder:<root>, csv:<file>, mars:<root>, ...")
     parser.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE", help="options of that data set")
     parser.add_argument("--out", type=Path, help="a folder for the files; default: beside the frames")
     parser.add_argument("--size", type=image_size, default="256x128", help="height x width of the frames (256x128)")
     parser.add_argument("--stored-size", type=image_size, default="128x64", help="of the flow that is kept (128x64)")
     parser.add_argument("--epsilon", type=float, default=0.02, help="when TV-L1 stops; smaller is slower (0.02)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one alone")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        help="processes; 0: this one alone",
+    )
     parser.add_argument("--overwrite", action="store_true", help="compute everything anew")
     args = parser.parse_args(argv)
-    if any("=" not in option for option in args.data_options):
-        parser.error(f"--data-options takes KEY=VALUE, got {' '.join(args.data_options)}")
+    try:
+        args.data_options = common.key_values(args.data_options)
+    except ValueError as error:
+        parser.error(f"--data-options {error}")
+    if not (math.isfinite(args.epsilon) and args.epsilon > 0) or args.workers < 0:
+        parser.error("--epsilon must be above 0, and --workers at least 0")
     if any(stored > side for stored, side in zip(args.stored_size, args.size, strict=True)):
         parser.error(f"--stored-size must not exceed --size, got {args.stored_size} and {args.size}")
     return args
@@ -131,8 +137,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def distinct_tracklets(args: argparse.Namespace) -> list[Tracklet]:
-    options = {key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in args.data_options)}
-    dataset = data.parse_data_spec(args.data, **options)
+    dataset = data.parse_data_spec(args.data, **args.data_options)
     tracklets = {tracklet_key(t): t for t in (*dataset.train, *dataset.query, *dataset.gallery)}
     if not all(isinstance(t, Tracklet) for t in tracklets.values()):
         raise ValueError(f"the tracklets of {args.data} are no files: there is nowhere to keep their optical flow.")
@@ -164,13 +169,16 @@ def check_writable(tracklet: Tracklet, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(sys.argv[1:] if argv is None else argv)
-    try:
+    with common.one_line("compute_flow.py", TypeError):
         tracklets = distinct_tracklets(args)
         missing = [t for t in tracklets if args.overwrite or not is_finished(t, args)]
         if missing:
             check_writable(missing[0], args)
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"compute_flow.py: {error}") from error
+        return compute_all(tracklets, missing, args)
+
+
+def compute_all(tracklets: list[Tracklet], missing: list[Tracklet], args: argparse.Namespace) -> int:
+    """Computes what is missing and says what was done; 1 if something failed."""
 
     start, frames, size = time.perf_counter(), 0, 0
     parts = Parts(missing, args)
@@ -209,7 +217,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\ncompute_flow.py: stopped; the same command goes on.")
+    common.run(main)

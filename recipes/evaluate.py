@@ -12,162 +12,32 @@ average precision to the best), and the embeddings, which are used again only fo
 """
 
 import argparse
-import dataclasses
 import hashlib
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch is imported: threads that spin while they wait take the processor from the loader.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import accelerate
+import common
 import numpy as np
-import safetensors.torch
 import torch
-import yaml
+from common import cell, draw, embed_test, layout, load_model, open_splits, own_data, score, summary, write_json
 from torch import Tensor
 
 import temporal_agg
 from temporal_agg import data, plot, retrieval
-from temporal_agg._files import replace_file
 from temporal_agg.data.flow import flow_file
-
-RANKS = (1, 5, 10, 20)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Used by train.py, too
-
-
-def write_text(path: Path, content: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(content))
-
-
-def open_splits(spec: str, options: dict, split: str, identity_splits: int, seed: int) -> dict[int, data.TrackletData]:
-    """The splits that were asked for, by number.
-
-    Args:
-        spec: name or name:<root>.
-        options: of the data set.
-        split: a number, or all; of a benchmark that comes with several, or of the random identity splits.
-        identity_splits: how many random identity splits to make; 0: the data set's own.
-        seed: draws those.
-    """
-    name, _, root = spec.partition(":")
-    if identity_splits:
-        splits = data.identity_splits(data.open_dataset(name, root or None, **options), identity_splits, seed)
-    elif data.num_splits(name) > 1:
-        wanted = split if split == "all" else int(split or 0)
-        splits = data.open_splits(name, root or None, split=wanted, **options)
-        return dict(enumerate(splits)) if split == "all" else {wanted: splits[0]}
-    else:
-        splits = [data.open_dataset(name, root or None, **options)]
-    if split in ("", "all"):
-        return dict(enumerate(splits))
-    if not 0 <= int(split) < len(splits):
-        raise ValueError(f"split must be 0 to {len(splits) - 1} or all, got {split}.")
-    return {int(split): splits[int(split)]}
-
-
-def embed(
-    model: temporal_agg.TrackletModel,
-    tracklets: Sequence[data.Tracklet],
-    accelerator: accelerate.Accelerator,
-    frames_per_batch: int = 256,
-) -> Tensor:
-    """Every process embeds its share of the tracklets; all of them get all embeddings ``[N, D]``, in order."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    rows = torch.zeros(-(-len(tracklets) // world), model.num_features)
-    share = tracklets[rank::world]
-    if share:
-        rows[: len(share)] = temporal_agg.embed_tracklets(
-            model,
-            share,
-            frames_per_batch=frames_per_batch,
-            device=accelerator.device,
-            progress=accelerator.is_main_process,
-        )
-    if world == 1:
-        return rows
-    rows = accelerator.gather(rows.to(accelerator.device)).cpu()
-    return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(tracklets)]
-
-
-def embed_test(model, dataset: data.TrackletData, accelerator, frames_per_batch: int = 256) -> tuple[Tensor, Tensor]:
-    """The embeddings of queries and gallery; what is in both is embedded once."""
-    own = dataset.query_index
-    alone = [query for query, i in zip(dataset.query, own, strict=True) if i < 0]
-    embeddings = embed(model, [*dataset.gallery, *alone], accelerator, frames_per_batch)
-    place = iter(range(len(dataset.gallery), len(embeddings)))
-    return embeddings[[next(place) if i < 0 else i for i in own]], embeddings[: len(dataset.gallery)]
-
-
-def score(distances, dataset: data.TrackletData, ap: str = "step", ranks=RANKS) -> retrieval.RetrievalMetrics:
-    """The data set's protocol."""
-    sides = (dataset.query, dataset.gallery)
-    ids = ([getattr(t, key) for t in side] for side in sides for key in ("pid", "camera"))
-    return retrieval.evaluate(distances, *ids, query_index=dataset.query_index, ranks=ranks, ap=ap)
-
-
-def summary(metrics: retrieval.RetrievalMetrics) -> dict:
-    """What is written down of an evaluation."""
-    result = {"map": float(metrics.map), "minp": float(metrics.minp)}
-    result |= {f"rank{k}": float(metrics.rank(k)) for k in RANKS}
-    result["queries_without_match"] = metrics.queries_without_match
-    result["cmc"] = [round(float(value), 6) for value in metrics.cmc]
-    return result
-
-
-def cell(values: Sequence[float]) -> str:
-    """Per cent; several values as mean and standard deviation."""
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def layout(rows: list[list[str]]) -> str:
-    """Rows of text as a table with its first column on the left; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def draw(path: Path, figure: Callable[[], object]) -> None:
-    """Saves a figure, or says what it needs."""
-    try:
-        figure = figure()
-    except ImportError as error:
-        print(f"No {path.name}: {error}")
-        return
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-
-
-def key_values(items: Sequence[str]) -> dict:
-    """KEY=VALUE ... -> dict, the values read as YAML.
-
-    Raises:
-        ValueError: an item without "=".
-    """
-    if any("=" not in item for item in items):
-        raise ValueError(f"takes KEY=VALUE, got {' '.join(items)}")
-    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings on disk
 
 
 def fingerprint(model: temporal_agg.TrackletModel, tracklets: Sequence[data.Tracklet]) -> str:
-    """Changes with the weights, the clips, the input and every frame (a file: its path, size and time of change)."""
-    digest = hashlib.sha256(f"{temporal_agg.__version__} {model.clip} {model.data_config}".encode())
+    """Changes with the model's parts, options and weights, the clips, the input and every frame and its flow (a file:
+    its path, size and time of change)."""
+    parts = [(type(part).__name__, getattr(part, "config", None)) for part in (model.encoder, model.aggregator)]
+    digest = hashlib.sha256(f"{temporal_agg.__version__} {parts} {model.clip} {model.data_config}".encode())
 
     def file(path: str | os.PathLike) -> None:
         status = os.stat(path)
@@ -200,18 +70,20 @@ def cached_embeddings(model, dataset, accelerator, directory: Path, frames_per_b
     accelerator.wait_for_everyone()
     if file.is_file():
         try:
-            stored = safetensors.torch.load_file(file)
+            stored = common.read_tensors(file)
+            query, gallery = stored["query"], stored["gallery"]
+        except (ValueError, KeyError) as error:
+            accelerator.print(f"{error} The tracklets are embedded again.")
+        else:
             accelerator.print(f"{file}: embeddings are used again.")
-            return stored["query"], stored["gallery"]
-        except (safetensors.SafetensorError, KeyError):
-            accelerator.print(f"{file} cannot be read; the tracklets are embedded again.")
+            return query, gallery
     with accelerator.autocast():
         query, gallery = embed_test(model, dataset, accelerator, frames_per_batch)
     if accelerator.is_main_process:
+        common.write_tensors(file, {"query": query, "gallery": gallery})
         for old in directory.glob("embeddings-*.safetensors"):
-            old.unlink()
-        stored = {"query": query.contiguous(), "gallery": gallery.contiguous()}
-        replace_file(file, lambda temporary: safetensors.torch.save_file(stored, temporary))
+            if old != file:
+                old.unlink()
     return query, gallery
 
 
@@ -219,42 +91,13 @@ def cached_embeddings(model, dataset, accelerator, directory: Path, frames_per_b
 # The command
 
 
-def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
-    model = temporal_agg.create_model(f"local-dir:{name}" if os.path.isdir(name) else name)
-    if clip:
-        known = [field.name for field in dataclasses.fields(model.clip)]
-        unknown = sorted(set(clip) - set(known))
-        if unknown:
-            raise ValueError(f"--clip has no {', '.join(unknown)}; it has {', '.join(known)}")
-        model.clip = dataclasses.replace(model.clip, **clip)
-    return model
-
-
-def settings_of(run: str) -> dict:
-    try:
-        return json.loads((Path(run) / "settings.json").read_text())["settings"]
-    except FileNotFoundError:
-        raise ValueError(f"{run} does not say what to evaluate on: pass --data.") from None
-
-
-def own_data(run: str) -> dict:
-    """The data that a run was trained for."""
-    settings = settings_of(run)
-    spec = f"{settings['data']}:{settings['root']}" if settings["root"] else settings["data"]
-    return {
-        "spec": spec,
-        "options": settings["data_options"],
-        "split": settings["split"],
-        "identity_splits": settings["identity_splits"],
-        "seed": settings["split_seed"],
-    }
-
-
 def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str | None]:
     """What to evaluate on, and where its flow is. A benchmark on which the run was trained is split as it was there."""
     if not args.data:
-        return own_data(name), args.flow_root or settings_of(name).get("flow_root")
-    source = {"spec": args.data, "options": args.data_options, "split": args.split, "identity_splits": 0, "seed": 0}
+        own = own_data(name)
+        return own, args.flow_root or common.read_run(name)[0].get("flow_root")
+    split = args.split or "0"  # a model that is not of this data set's run may know the people of the other splits
+    source = {"spec": args.data, "options": args.data_options, "split": split, "identity_splits": 0, "seed": 0}
     benchmark = args.data.partition(":")[0]
     if not args.split and benchmark not in ("folder", "csv") and (Path(name) / "settings.json").is_file():
         own = own_data(name)
@@ -265,9 +108,6 @@ def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str | None]:
 
 def evaluate_split(model, number: int, dataset: data.TrackletData, directory: Path, args, accelerator) -> list[dict]:
     """One evaluation, and another one with re-ranking where that was asked for."""
-    dataset.check_retrieval()
-    if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
     queries, gallery = cached_embeddings(model, dataset, accelerator, directory, args.frames_per_batch)
     if not accelerator.is_main_process:
         return []
@@ -288,7 +128,7 @@ def evaluate_split(model, number: int, dataset: data.TrackletData, directory: Pa
         print(
             f"{metrics.queries_without_match} of {len(queries)} queries have no match; they are left out of the means."
         )
-    write_text(directory / "metrics.json", json.dumps(results, indent=2) + "\n")
+    write_json(directory / "metrics.json", results)
     if args.figures:
         draw(directory / "cmc.png", lambda: plot.cmc(curves, f"{dataset.name}, {len(queries)} queries"))
         draw(directory / "ranked.png", lambda: ranked_figure(distances.numpy(), dataset, metrics.ap_per_query))
@@ -319,10 +159,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__ or "")
     text = "run directories, hf-hub:owner/repository[@revision] or names of create_model; several: mean and deviation"
     parser.add_argument("models", nargs="+", metavar="MODEL", help=text)
     parser.add_argument("--data", help="name or name:<root>; default: the data of the run")
@@ -339,16 +176,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="cmc.png, ranked.png")
     parser.add_argument("--frames-per-batch", type=int, default=256, help="frames in one pass of the backbone (256)")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"), help="of the model")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one")
+    parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
     parser.add_argument("--out", help="where results go; default: <run directory>/evaluation")
     args = parser.parse_args(argv)
     for name in ("data_options", "clip"):
         try:
-            setattr(args, name, key_values(getattr(args, name)))
+            setattr(args, name, common.key_values(getattr(args, name)))
         except ValueError as error:
             parser.error(f"--{name.replace('_', '-')} {error}")
-    if args.split not in ("", "all") and not args.split.isdigit():
-        parser.error(f"--split must be a number or all, got {args.split!r}")
+    try:
+        common.check_split(args.split)
+        common.check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.k1 < 1 or args.k2 < 1 or not 0 <= args.lambda_value <= 1 or args.frames_per_batch < 1:
+        parser.error("--k1, --k2 and --frames-per-batch must be at least 1, and --lambda-value between 0 and 1")
     if not args.data and (args.split or args.data_options):
         parser.error("--split and --data-options are of --data: a run's own data are as its settings say")
     return args
@@ -356,21 +198,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     args = parse(sys.argv[1:] if argv is None else argv)
-    accelerator = accelerate.Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     results: dict[str, list[dict]] = {}
     places: dict[str, Path] = {}
-    try:
+    with common.one_line("evaluate.py", TypeError):
+        accelerator = common.accelerator_of(args.device, args.mixed_precision)
         for name in args.models:
             model = load_model(name, args.clip).to(accelerator.device)
             source, flow_root = source_of(name, args)
             splits = open_splits(**source)
             if flow_root:
                 splits = {k: dataset.with_flow_root(flow_root) for k, dataset in splits.items()}
-            if model.encoder.uses_flow:
-                for dataset in splits.values():
+            for dataset in splits.values():
+                dataset.check_retrieval()
+                if model.encoder.uses_flow:
                     data.check_flow([*dataset.query, *dataset.gallery])
             is_run = os.path.isdir(name)
-            base = Path(args.out or (Path(name) / "evaluation" if is_run else "evaluation"))
+            base = Path(args.out or (Path(name) / "evaluation" if is_run else "evaluation")).expanduser()
             if not is_run or args.out:
                 base /= name.rstrip("/").replace("hf-hub:", "").replace("/", "-")
             label, _, root = source["spec"].partition(":")
@@ -382,9 +225,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
             row = results.setdefault(title if is_run else name, [])
             for number, dataset in splits.items():
                 directory = base / (f"{label}-split{number}" if number or len(splits) > 1 else label)
-                row += evaluate_split(model, number, dataset, directory, args, accelerator)
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
+                with common.held(directory, accelerator):
+                    row += evaluate_split(model, number, dataset, directory, args, accelerator)
     if accelerator.is_main_process:
         print("\n" + table(results))
     accelerator.end_training()
@@ -392,4 +234,4 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, "the same command uses what is embedded")

@@ -15,10 +15,10 @@ from temporal_agg import cli
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {  # a script that is not here takes no argument
-    "recipes/benchmark.py": "parse",
+    "recipes/benchmarks/benchmark.py": "parse",
     "recipes/compute_flow.py": "arguments",
     "recipes/evaluate.py": "parse",
-    "recipes/study.py": "parse",
+    "recipes/benchmarks/study.py": "parse",
     "recipes/train.py": "parse_settings",
 }
 PLAIN = ("python3 -m venv .venv", ". .venv/bin/activate")

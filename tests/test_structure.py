@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "aggregators": {"data", "losses", "masked"},  # of data: ClipConfig, which is no data but how to cut it
     "models": {"_files", "_version", "aggregators", "masked"},
     "data": {"_files"},
-    "retrieval": {"_files"},  # store
+    "retrieval": {"_files", "data"},  # _files: the store; data: at need, for tracklets
     "inference": {"aggregators", "models", "data", "retrieval"},
     "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "models", "data", "retrieval", "inference"},
@@ -32,7 +32,7 @@ ANYWHERE = {"einops", "numpy", "torch"}
 THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "models": {"huggingface_hub", "safetensors", "timm"},
     "data": {"PIL", "h5py", "scipy", "torchvision"},
-    "retrieval": {"pyarrow"},
+    "retrieval": {"PIL", "faiss", "pyarrow"},
     "inference": {"tqdm"},
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},

@@ -3,7 +3,6 @@
 import copy
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ CASES += [("grl", {"directions": ["backward"], "parts": ["global", "mean", "memo
 
 @pytest.fixture
 def benchmark(recipe, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+
     return recipe("benchmark")
 
 
@@ -59,7 +58,9 @@ def test_the_literal_form_is_the_aggregator(benchmark, name, options, train):
     aggregator, features, frames = build(name, options)
     literal = benchmark.literal
     if not literal.exists(aggregator):
-        pytest.skip(f"{name} has no literal form in recipes/literal.py: the benchmark leaves that column empty")
+        pytest.skip(
+            f"{name} has no literal form in recipes/benchmarks/literal.py: the benchmark leaves that column empty"
+        )
     other = copy.deepcopy(aggregator).train(train)
     got = run(aggregator.train(train), aggregator, features, frames)
     want = run(lambda x, frames: literal.FORMS[name](other, x, frames), other, features, frames)

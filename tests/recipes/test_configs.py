@@ -1,32 +1,30 @@
-"""The papers' settings: a file for each system and benchmark that its paper reports, in words that the recipe knows."""
+"""The papers' settings: a file for each system, in words that the recipe knows, and what it says of each data set."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from temporal_agg import create_criterion, create_model, data
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
-REPORTED = {
-    "loga": ("mars", "duke", "duke-si", "ilids-vid", "prid-2011"),
-    "star": ("mars", "duke", "ilids-vid", "prid-2011"),
-    "gltr": ("mars", "duke", "ilids-vid", "prid-2011", "ls-vid"),
-    "gltr_released": ("mars", "duke", "ilids-vid", "prid-2011", "ls-vid"),
-    "fgra": ("mars", "ilids-vid", "prid-2011"),
-    "grl": ("mars", "ilids-vid", "prid-2011"),
-    "grl_released": ("mars", "ilids-vid", "prid-2011"),
-}
-FILES = sorted(CONFIGS.glob("*.yaml"))
+GOLDEN = json.loads(Path(__file__).with_name("configs.json").read_text())
+REPORTED = {system: tuple(datasets) for system, datasets in GOLDEN["datasets"].items()}
+CASES = [(system, name) for system, names in REPORTED.items() for name in ("", *names)]
 
 
-def merged(file):
-    """The settings of a file over those of its base."""
-    own = yaml.safe_load(file.read_text())
-    base = own.pop("base", None)
-    return {**merged(file.parent / base), **own} if base else own
+@pytest.fixture
+def merged(recipe):
+    """The settings of a system's file, without what is said of single data sets."""
+
+    def read(system):
+        settings = recipe("settings").read_config(CONFIGS / f"{system}.yaml")
+        del settings["datasets"]
+        return settings
+
+    return read
 
 
 def stages(settings):
@@ -35,36 +33,48 @@ def stages(settings):
     return [{**common, **stage} for stage in settings.get("stages", [{}])]
 
 
-def test_there_is_one_for_each_system_and_benchmark_that_a_paper_reports():
-    want = set(REPORTED) | {f"{system}_{name}" for system, names in REPORTED.items() for name in names}
-    assert {file.stem for file in FILES} == want
+def test_there_is_one_file_for_each_system_and_it_names_what_its_paper_reports(recipe):
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(REPORTED)
     for system, names in REPORTED.items():
-        assert "data" not in merged(CONFIGS / f"{system}.yaml")
-        for name in names:
-            settings = merged(CONFIGS / f"{system}_{name}.yaml")
-            assert settings["data"] == name
-            assert settings["model"].startswith(f"{system}_resnet50.")
-            assert settings["criterion"] == system
-            with pytest.raises(ValueError, match="needs the path that it lies in"):
-                data.open_dataset(name)
-            assert settings.get("split") == ("all" if data.num_splits(name) > 1 else None)
+        settings = recipe("settings").read_config(CONFIGS / f"{system}.yaml")
+        assert set(settings["datasets"]) == set(names)
+        assert "data" not in settings
+        assert settings["model"].startswith(f"{system}_resnet50.")
+        assert settings["criterion"] == system
+        for name, own in settings["datasets"].items():
+            assert own == ({"split": "all"} if data.num_splits(name) > 1 else {})
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_recipe_knows_every_setting(recipe, file):
+@pytest.mark.parametrize(("system", "name"), CASES)
+def test_the_settings_are_those_of_the_paper(recipe, system, name):
+    """A bare name is looked up beside the recipe; 35 pairs of a system and a data set, or none."""
     train = recipe("train")
-    known = {field.name: field for field in dataclasses.fields(train.Settings)}
-    settings = merged(file)
-    for stage in settings.get("stages", []):
-        assert set(stage) <= set(known)
-    assert set(settings) <= set(known)
-    parsed = dataclasses.asdict(train.parse_settings(["--config", str(file)]))
-    assert {key: parsed[key] for key in settings} == settings
+    argv = ["--config", f"{system}.yaml", *(["--data", f"{name}:somewhere"] if name else [])]
+    want = dataclasses.asdict(train.Settings()) | GOLDEN["systems"][system]
+    if name:
+        want |= {"data": f"{name}:somewhere", **GOLDEN["datasets"][system][name]}
+    assert dataclasses.asdict(train.parse_settings(argv)) == want
+    assert dataclasses.asdict(train.parse_settings(["--config", str(CONFIGS / argv[1]), *argv[2:]])) == want
+
+
+def test_a_file_of_ones_own_may_say_something_of_one_data_set(recipe, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {CONFIGS / 'grl.yaml'}\nlr: 0.5\ndatasets:\n  mars: {{lr: 0.25, epochs: 7}}\n")
+
+    def got(*argv):
+        settings = recipe("train").parse_settings(["--config", str(file), *argv])
+        return settings.lr, settings.epochs, settings.split
+
+    assert got() == (0.5, 50, "")
+    assert got("--data", "mars", "--root", "x") == (0.25, 7, "")
+    assert got("--data", "mars:x", "--epochs", "3") == (0.25, 3, "")
+    assert got("--data", "prid-2011:x") == (0.5, 50, "all")
+    assert got("--data", "prid-2011:x", "--split", "3") == (0.5, 50, "3")
 
 
 @pytest.mark.parametrize("system", REPORTED)
-def test_every_model_and_criterion_builds_at_its_real_size(system):
-    for settings in stages(merged(CONFIGS / f"{system}.yaml")):
+def test_every_model_and_criterion_builds_at_its_real_size(merged, system):
+    for settings in stages(merged(system)):
         with torch.device("meta"):  # real shapes, no memory
             model = create_model(settings["model"], **settings.get("model_options", {}))
             criterion = create_criterion(settings["criterion"], 625, model, **settings.get("criterion_options", {}))
@@ -72,8 +82,8 @@ def test_every_model_and_criterion_builds_at_its_real_size(system):
         assert sum(p.numel() for p in criterion.parameters()) >= 2 * 2048
 
 
-def test_the_first_stage_of_gltr_takes_single_frames():
-    first, last = stages(merged(CONFIGS / "gltr.yaml"))
+def test_the_first_stage_of_gltr_takes_single_frames(merged):
+    first, last = stages(merged("gltr"))
     clip = create_model("mean_resnet10t", **first["model_options"]).clip
     assert (first["sampler"], clip.length, clip.train_sampling) == ("frames", 1, "each")
     assert last["sampler"] == "tracklets"
@@ -98,9 +108,9 @@ def clips_and_epochs(settings):
         ("grl_released", [(16, 60)], [1e-6]),
     ],
 )
-def test_batches_and_learning_rates_are_the_papers(system, batches, last_lr):
+def test_batches_and_learning_rates_are_the_papers(merged, system, batches, last_lr):
     """Clips a batch, epochs, and the learning rate of the last epoch after so many steps down."""
-    settings = stages(merged(CONFIGS / f"{system}.yaml"))
+    settings = stages(merged(system))
     assert [clips_and_epochs(stage) for stage in settings] == batches
     for stage, want in zip(settings, last_lr, strict=True):
         assert stage["schedule"] == "step"

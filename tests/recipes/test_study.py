@@ -1,7 +1,6 @@
 """The noise study in miniature: its numbers are those of its runs, and nothing is computed twice."""
 
 import dataclasses
-import importlib
 import json
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from scipy import stats
 
-from temporal_agg import create_criterion
+from temporal_agg.aggregators import create_criterion, registry_entry
 
 NAMES = ["mean", "gltr", "gltr: DTP alone"]
 SEEDS = (0, 1)
@@ -17,9 +16,7 @@ SEEDS = (0, 1)
 
 @pytest.fixture(scope="module")
 def study(recipe):
-    """By its plain name: the processes of --jobs import it so."""
-    recipe("train")
-    return importlib.import_module("study")
+    return recipe("study")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def tiny(study):
         size=(32, 16),
         people=12,
         length=(3, 5),
-        frames=2,
+        frames=3,  # not below the stride of fgra
         identities=4,
         encoder_steps=2,
         steps=2,
@@ -147,10 +144,8 @@ def test_what_is_finished_is_read_and_what_is_missing_made_again(study, tiny, ar
     file.write_text(json.dumps({key: value for key, value in done.items() if key != "blur 0.5"}))
     (out / "gltr-seed0" / "metrics.json").unlink()
     before = (out / "gltr-seed1" / "model.safetensors").stat().st_mtime_ns
-    calls = []
-    monkeypatch.setattr(
-        study, "embed_test", lambda *a: calls.append(a) or importlib.import_module("evaluate").embed_test(*a)
-    )
+    calls, embed_test = [], study.embed_test
+    monkeypatch.setattr(study, "embed_test", lambda *a: calls.append(a) or embed_test(*a))
     again = study.main(argv, tiny)
     assert len(calls) == 1
     assert read(file) == done
@@ -174,13 +169,13 @@ def test_everybody_starts_from_the_same_encoder(study, tiny, tmp_path):
     assert not all(other[key].equal(weights[0][key]) for key in keys)
 
 
-def test_every_variant_differs_from_every_other_and_is_built(study, tiny):
-    train = importlib.import_module("train")
+def test_every_variant_differs_from_every_other_and_is_built(recipe, study, tiny):
+    train = recipe("train")
     seen = []
     for name, variant in study.VARIANTS.items():
         settings = study.settings_of(tiny, variant, 0, "somewhere")
-        model = train.build_model(settings.model, settings)
-        criterion = settings.criterion or train.default_criterion(model)
+        model = train.build_model(settings)
+        criterion = settings.criterion or registry_entry(model.aggregator.config["name"]).default_criterion
         create_criterion(criterion, 6, model, **settings.criterion_options)
         assert model.clip.length == tiny.frames, name
         seen.append((settings.model, settings.model_options, criterion, settings.criterion_options))

@@ -31,6 +31,10 @@ def settings_of(recipe, *argv):
     return recipe("train").parse_settings(list(argv))
 
 
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
     argv = [*MINIATURE, "--model", "mean_resnet10t,attention_resnet10t", "--epochs", "2", "--out", str(tmp_path)]
     results = recipe("train").main(argv)
@@ -153,16 +157,38 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(recipe, tmp_path, capsys):
     train = recipe("train")
+    assert train.load_checkpoint(tmp_path) is None
     for batches in range(1, 5):
-        train.save_checkpoint(tmp_path, batches, 2, {"batches": batches})
+        train.save_checkpoint(tmp_path, batches, 2, {"batches": batches, "weights": torch.arange(100.0)})
     newest, older = train.checkpoints(tmp_path)
     assert (newest.name, older.name) == ("batch-000000004.ckpt", "batch-000000003.ckpt")
-    assert train.load_checkpoint(tmp_path, "cpu") == {"batches": 4}
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert train.load_checkpoint(tmp_path, "cpu") == {"batches": 3}
-    assert "batch-000000004.ckpt cannot be read" in capsys.readouterr().out
+    assert train.load_checkpoint(tmp_path)["batches"] == 4
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(100.0).numpy().tobytes()[8:40]) + 3] ^= 0x40
+    for damaged in (whole[:100], b"", b"hello", flipped, whole.replace(b"batches", b"batch\xffs"), whole + b"x"):
+        newest.write_bytes(damaged)
+        assert train.load_checkpoint(tmp_path)["batches"] == 3
+        assert "batch-000000004.ckpt cannot be read: it is damaged" in capsys.readouterr().out
     older.write_bytes(b"")
-    assert train.load_checkpoint(tmp_path, "cpu") is None
+    with pytest.raises(ValueError, match=r"no checkpoint in .*checkpoints can be read: all are damaged"):
+        train.load_checkpoint(tmp_path)
+    assert len(train.checkpoints(tmp_path)) == 2
+    newest.unlink()
+    newest.mkdir()  # the system refuses to read it: no damage
+    train.save_checkpoint(tmp_path, 3, 9, {})
+    with pytest.raises(OSError, match="batch-000000004"):
+        train.load_checkpoint(tmp_path)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_sound_ones(recipe, tmp_path):
+    train = recipe("train")
+    train.save_checkpoint(tmp_path, 9, 1, {"batches": 9})
+    (newest,) = train.checkpoints(tmp_path)
+    newest.write_bytes(b"damaged")
+    for batches in (3, 4):
+        train.save_checkpoint(tmp_path, batches, 1, {"batches": batches})
+        assert train.load_checkpoint(tmp_path) == {"batches": batches}
 
 
 def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
@@ -230,7 +256,7 @@ def test_stages_start_from_the_encoder_before(recipe, folder, tmp_path):
     argv.remove("--clip-length"), argv.remove("3")
     recipe("train").main(argv)
     first, last = (temporal_agg.create_model(f"local-dir:{tmp_path / d}") for d in ("two/stage1", "two"))
-    untrained = recipe("train").build_model("mean_resnet10t", settings_of(recipe, "--size", "32x16"))
+    untrained = recipe("train").build_model(settings_of(recipe, "--model", "mean_resnet10t", "--size", "32x16"))
     weights = [model.encoder.state_dict()["backbone.conv1.0.weight"] for model in (first, last, untrained)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -381,8 +407,8 @@ def test_the_learning_rate_rises_and_falls(recipe):
 def test_learning_rates_and_decay_by_module(recipe):
     train = recipe("train")
     argv = ["--lr", "0.5", "--head-lr-factor", "2", "--lr-factors", "aggregator.score=3", "--weight-decay", "0.25"]
-    settings = settings_of(recipe, *argv, "--size", "32x16")
-    model = train.build_model("attention_resnet10t", settings)
+    settings = settings_of(recipe, *argv, "--size", "32x16", "--model", "attention_resnet10t")
+    model = train.build_model(settings)
     criterion = temporal_agg.create_criterion("baseline", 4, model)
 
     def by_name(settings):
@@ -401,39 +427,40 @@ def test_learning_rates_and_decay_by_module(recipe):
 
 
 MINIATURES = {  # a paper's settings on a benchmark in its authors' layout
-    "loga_mars": (make_mars, {}),
-    "star_duke": (make_duke, {}),
-    "gltr_ls-vid": (make_ls_vid, {}),
-    "gltr_released_mars": (make_mars, {}),
-    "fgra_ilids-vid": (make_ilids_vid, {}),
-    "grl_prid-2011": (make_prid2011, {"people": 4}),
-    "grl_released_mars": (make_mars, {}),
+    ("loga", "mars"): (make_mars, {}),
+    ("star", "duke"): (make_duke, {}),
+    ("gltr", "ls-vid"): (make_ls_vid, {}),
+    ("gltr_released", "mars"): (make_mars, {}),
+    ("fgra", "ilids-vid"): (make_ilids_vid, {}),
+    ("grl", "prid-2011"): (make_prid2011, {"people": 4}),
+    ("grl_released", "mars"): (make_mars, {}),
 }
 
 
-@pytest.mark.parametrize("config", MINIATURES)
-def test_every_paper_trains_end_to_end(recipe, tmp_path, config):
+@pytest.mark.parametrize(("system", "name"), MINIATURES)
+def test_every_paper_trains_end_to_end(recipe, tmp_path, system, name):
     """Its own sampling, batches, optimizer, criterion and stages; a small backbone and small frames."""
-    make, options = MINIATURES[config]
+    make, options = MINIATURES[system, name]
     root = make(tmp_path / "data", **options)
     file = tmp_path / "small.yaml"
-    settings = recipe("train").read_config(SCRIPT.parent / "configs" / f"{config}.yaml")
-    small = {"pretrained": False, "size": "32x16", "epochs": 2, "workers": 0, "device": "cpu", "eval_untrained": False}
-    small |= {"base": str(SCRIPT.parent / "configs" / f"{config}.yaml"), "root": str(root), "out": str(tmp_path)}
-    small["data_options"] = {"cache": False} | ({} if "prid" in config else {"check_counts": False})
+    config = SCRIPT.parent / "configs" / f"{system}.yaml"
+    settings = recipe("settings").read_config(config)
+    small = {"backbone_pretrained": False, "size": "32x16", "epochs": 2, "workers": 0, "device": "cpu"}
+    small |= {"base": str(config), "data": f"{name}:{root}", "out": str(tmp_path / "runs"), "eval_untrained": False}
+    small["data_options"] = {"cache": False} | ({} if name == "prid-2011" else {"check_counts": False})
     small["model"] = settings["model"].replace("resnet50.tv_in1k", "resnet10t")
-    if "split" in settings:
-        small["split"] = "3"
     if "stages" in settings:
         first = {**settings["stages"][0], "model": "mean_resnet10t", "epochs": 1}
         small["stages"] = [first, *settings["stages"][1:]]
     if settings.get("model_options", {}).get("flow"):
         recipe("compute_flow").main(["--data", f"duke:{root}", "--data-options", "check_counts=false", "cache=false"])
     file.write_text(yaml.safe_dump(small))
-    (results,) = recipe("train").main(["--config", str(file)]).values()
+    split = ["--split", "3"] if name in ("ilids-vid", "prid-2011") else []
+    (results,) = recipe("train").main(["--config", str(file), *split]).values()
     assert results[0]["criterion"] == settings["criterion"]
     assert 0 < results[0]["map"] <= 1
-    (run,) = [path for path in tmp_path.iterdir() if (path / "metrics.json").exists()]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("-split3") == bool(split)
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
     assert (run / "stage1" / "metrics.json").exists() == ("stages" in settings)
 

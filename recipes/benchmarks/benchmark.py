@@ -1,16 +1,16 @@
 """What aggregators and retrieval cost: milliseconds and peak memory, against the papers' formulas taken literally.
 
-    python recipes/benchmark.py aggregators                                      # all of them; maps of 256x128 frames
-    python recipes/benchmark.py aggregators --names gsta,grl --device cuda --dtype bfloat16 --out bench.json
-    python recipes/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
-    python recipes/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
-    python recipes/benchmark.py aggregators --compile --no-memory                # what torch.compile gains
-    python recipes/benchmark.py aggregators --names "" --systems gltr_resnet50 --batch 1 --export --no-memory
-    python recipes/benchmark.py retrieval                                        # at the sizes of MARS and LS-VID
-    python recipes/benchmark.py retrieval --structure random --skip-dense --device cuda
+    python recipes/benchmarks/benchmark.py aggregators                                      # all of them; maps of 256x128 frames
+    python recipes/benchmarks/benchmark.py aggregators --names gsta,grl --device cuda --dtype bfloat16 --out bench.json
+    python recipes/benchmarks/benchmark.py aggregators --names fgra --frames 6 --options num_regions=8 --backbone none
+    python recipes/benchmarks/benchmark.py aggregators --names "" --systems star_resnet50   # whole models against mean_resnet50
+    python recipes/benchmarks/benchmark.py aggregators --compile --no-memory                # what torch.compile gains
+    python recipes/benchmarks/benchmark.py aggregators --names "" --systems gltr_resnet50 --batch 1 --export --no-memory
+    python recipes/benchmarks/benchmark.py retrieval                                        # at the sizes of MARS and LS-VID
+    python recipes/benchmarks/benchmark.py retrieval --structure random --skip-dense --device cuda
 
 aggregators: forward is in evaluation mode without gradients; forward + backward in training mode, with gradients for
-the maps and all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/literal.py) and
+the maps and all parameters. Times are medians; the runs of an aggregator, of its literal form (recipes/benchmarks/literal.py) and
 of mean pooling alternate, so that a busy machine is busy for all of them. Half precision is autocast, on maps of that
 type. --export times forward alone, also of the module that torch.export makes ("exported"), and of the ONNX file that
 export_onnx writes, run by onnxruntime on the CPU; both for clips of one length, without a mask.
@@ -20,7 +20,7 @@ ten frames whatever --frames says. Where the maps asked for need it, the stride 
 Systems are compared with mean pooling behind the same backbone at the same stride; STAR gets optical flow.
 
 retrieval: Euclidean distances, evaluation, and re-ranking from the embeddings on, against plain numpy on the CPU
-(recipes/literal_retrieval.py), the runs of one form after those of the other. "argsort" is np.argsort of all rows,
+(recipes/benchmarks/literal_retrieval.py), the runs of one form after those of the other. "argsort" is np.argsort of all rows,
 with which a plain evaluation begins; "published" is the re-ranking in the steps of its authors' code. Embeddings
 are random: clustered, an identity's centre with noise of 3 times its spread (at 2048 dimensions and the sizes of MARS
 mAP is near 75%); or without any structure, where rankings have hubs, items that are near to very many.

@@ -1,8 +1,8 @@
 """The noise study: every system on synthetic tracklets that carry one fault at a time, and each paper's parts.
 
-    python recipes/study.py --out runs/study --jobs 2        # small frames and backbone, for a CPU
-    python recipes/study.py --full --out runs/study-full     # ResNet-50 on 256x128 frames, for a GPU
-    python recipes/study.py --only mean,gltr --seeds 5       # some of it
+    python recipes/benchmarks/study.py --out runs/study --jobs 2        # small frames and backbone, for a CPU
+    python recipes/benchmarks/study.py --full --out runs/study-full     # ResNet-50 on 256x128 frames, for a GPU
+    python recipes/benchmarks/study.py --only mean,gltr --seeds 5       # some of it
 
 What is measured: mAP on tracklets with occlusion, bad boxes, identity switches or blur, each alone and at several
 strengths, and on tracklets with all four. What is equal for everybody: people and tracklets, backbone (the last stage's
@@ -18,30 +18,29 @@ and reads what is finished. Results: study.json, study.md and study.png, in --re
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import multiprocessing
 import os
-import platform
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch is imported: threads that spin while they wait take the processor from the other jobs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import accelerate
+import common
 import numpy as np
 import torch
 import train
-from evaluate import draw, embed_test, load_model, score, summary, write_text
-from tqdm import tqdm
+from common import draw, embed_test, load_model, score, summary, write_json, write_text
+from settings import Settings
 
 from temporal_agg import data, retrieval
 from temporal_agg.data.synthetic import FAULTS
+from temporal_agg.files import read_json
 
 # t(0.975) for n - 1 degrees of freedom, n = 2, 3, ...
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -165,7 +164,7 @@ def tracklets(size: Size, seed: int, fault: str, strength: float) -> data.Trackl
     return data.TrackletData(*map(drawn, sides), name=dataset.name)
 
 
-def settings_of(size: Size, variant: Variant, seed: int, init: str) -> train.Settings:
+def settings_of(size: Size, variant: Variant, seed: int, init: str) -> Settings:
     """A training of clips that goes on from an encoder, or (``init`` empty) of that encoder on single frames."""
     options = {"last_stride": 1, **variant.options}
     width = 2048
@@ -179,7 +178,7 @@ def settings_of(size: Size, variant: Variant, seed: int, init: str) -> train.Set
     people = size.people // 2
     identities = min(size.identities, people) if init else min(2 * size.identities, people)
     steps = size.steps if init else size.encoder_steps
-    return train.Settings(
+    return Settings(
         data_options=world(size, seed, dict.fromkeys(FAULTS, size.mixed)),
         model=f"{variant.model}_{size.backbone}",
         model_options=options,
@@ -207,24 +206,23 @@ def place(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(': ', '-').replace(' ', '_')}-seed{seed}"
 
 
-def run(out: Path, size: Size, name: str, seed: int, device: str = "auto") -> dict:
+def run(out: Path, size: Size, name: str, seed: int, device: str = "auto", bars: bool = True) -> dict:
     """Trains one variant, or an encoder, and evaluates it; what is finished is read. Returns what is reported of it."""
-    precision = dict(size.settings).get("mixed_precision")
-    accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    accelerator = common.accelerator_of(device, str(dict(size.settings).get("mixed_precision", "no")))
     if name == ENCODER:
         variant, init = Variant("mean"), ""
     else:
         variant, init = VARIANTS[name], str(place(out, ENCODER, seed))
     settings, directory = settings_of(size, variant, seed, init), place(out, name, seed)
     mixed = tracklets(size, seed, "mixed", size.mixed)
-    metrics = train.train(settings.model, directory, mixed, settings, {"split_seed": seed}, accelerator)
+    metrics = train.train(directory, mixed, settings, {"split_seed": seed}, accelerator, bars)
     keys = ("map", "rank1", "criterion", "distance", "aggregator_parameters", "train_seconds", "seconds")
     result = {"variant": name, "seed": seed, **{key: metrics[key] for key in keys}}
     if name not in SYSTEMS:
         return result
 
     file = directory / "faults.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+    done = read_faults(file) if file.exists() else {}
     model = None
     for fault, strength in [(FAULTS[0], 0.0), *((f, s) for f in FAULTS for s in size.strengths)]:
         key = key_of(fault, strength)
@@ -232,18 +230,24 @@ def run(out: Path, size: Size, name: str, seed: int, device: str = "auto") -> di
             model = model or load_model(str(directory), {}).to(accelerator.device)
             test = tracklets(size, seed, fault, strength)
             with accelerator.autocast():
-                queries, gallery = embed_test(model, test, accelerator)
+                queries, gallery = embed_test(model, test, accelerator, 256, bars)
             metrics = summary(score(retrieval.distances(queries, gallery, model.clip.distance), test))
             done[key] = {"map": metrics["map"], "rank1": metrics["rank1"]}
-            write_text(file, json.dumps(done, indent=2) + "\n")
+            write_json(file, done)
     return {**result, "faults": done}
 
 
-class NoBar(tqdm):
-    """The bars of several jobs would overwrite each other."""
+def read_faults(file: Path) -> dict:
+    """What was measured before.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, "disable": True})
+    Raises:
+        ValueError: the file is no such record.
+    """
+    done = read_json(file)
+    for key, measures in done.items():
+        if not isinstance(measures, dict) or not all(common.is_number(measures.get(name)) for name in ("map", "rank1")):
+            raise ValueError(f"{file}: {key!r} has no map and rank1. Delete the file: it is then measured again.")
+    return done
 
 
 def threads(jobs: int) -> int:
@@ -252,12 +256,13 @@ def threads(jobs: int) -> int:
 
 def start_job(threads: int) -> None:
     def end_with_parent() -> None:  # a killed study would leave trainings that the next one gets in the way of
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    train.tqdm = NoBar
 
 
 def run_all(out: Path, size: Size, names: Sequence[str], seeds: Sequence[int], device: str, jobs: int) -> list[dict]:
@@ -271,7 +276,7 @@ def run_all(out: Path, size: Size, names: Sequence[str], seeds: Sequence[int], d
             results += [report(result, k, len(phase)) for k, result in enumerate(done, 1)]
             continue
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_job, (threads(jobs),)) as pool:
-            futures = [pool.submit(run, out, size, *job, device) for job in phase]
+            futures = [pool.submit(run, out, size, *job, device, False) for job in phase]  # their bars would mix
             results += [report(f.result(), k, len(phase)) for k, f in enumerate(as_completed(futures), 1)]
     return [result for result in results if result["variant"] in VARIANTS]
 
@@ -439,10 +444,7 @@ def figure(study: dict):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__ or "")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="where the run directories are (runs/study)"
     )
@@ -451,7 +453,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"some of: {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on, 2 to 10 (3)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one")
+    parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
     args = parser.parse_args(argv)
     args.only = [name.strip() for name in args.only.split(",") if name.strip()]
     args.only = args.only or list(VARIANTS)
@@ -460,6 +462,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--only has no {', '.join(map(repr, unknown))}; it has {', '.join(VARIANTS)}")
     if not 2 <= args.seeds <= len(T_975) + 1:
         parser.error(f"--seeds must be 2 to {len(T_975) + 1}, for an interval; got {args.seeds}")
+    try:
+        common.check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     return args
@@ -469,12 +475,20 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     size = size or (FULL if args.full else Size())
     names, seeds = [name for name in VARIANTS if name in args.only], list(range(args.seeds))
-    results = run_all(args.out, size, names, seeds, args.device, args.jobs)
-    environment = train.environment(accelerate.Accelerator(cpu=args.device == "cpu"))
-    info = Path("/proc/cpuinfo")
-    if info.exists() and environment["device"] in ("cpu", platform.processor()):  # its name, if Linux says it
-        models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        environment["device"] = (models or [environment["device"]])[0]
+    with common.one_line("study.py"):
+        try:
+            results = run_all(args.out, size, names, seeds, args.device, args.jobs)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"a job was killed, mostly for want of memory; the same command goes on ({error})."
+            ) from error
+        return write_results(args, size, names, seeds, results)
+
+
+def write_results(
+    args: argparse.Namespace, size: Size, names: list[str], seeds: list[int], results: list[dict]
+) -> dict:
+    environment = common.environment(common.accelerator_of(args.device).device)
     environment["threads"] = threads(args.jobs)
     study = {
         "size": dataclasses.asdict(size),
@@ -486,7 +500,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
     }
     folder = args.results or args.out
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "study.json", json.dumps(study, indent=1) + "\n")
+    write_json(folder / "study.json", study)
     write_text(folder / "study.md", text(study))
     if any(name in SYSTEMS for name in names):
         draw(folder / "study.png", lambda: figure(study))
@@ -495,4 +509,4 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,0 +1,445 @@
+"""What the recipes share: data and protocol, embeddings by several processes, the files of a run, errors in a line."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: threads that spin while they wait take the processor from the loader.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import accelerate
+import numpy as np
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+import temporal_agg
+from temporal_agg import data, retrieval
+from temporal_agg.files import Busy, locked, read_json, replace_file, sweep
+
+RANKS = (1, 5, 10, 20)
+METRICS = ("map", *(f"rank{k}" for k in RANKS), "minp")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def parser_of(doc: str, **options) -> argparse.ArgumentParser:
+    """A parser that explains the command by the docstring of its script."""
+    about, _, details = doc.partition("\n\n")
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=about, epilog=details, formatter_class=kind, **options)
+
+
+def run(main: Callable[[], object], goes_on: str = "the same command goes on") -> None:
+    """Runs a script's main function; Ctrl-C ends it with one line."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; {goes_on}.", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def one_line(script: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what is wrong with a person's files, settings or machine into one line, without a traceback.
+
+    Args:
+        script: what the line begins with.
+        *kinds: of errors, beside OSError and ValueError.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        raise SystemExit(
+            f"{script}: {first} What is saved stays; use smaller batches (--frames-per-batch in an evaluation)."
+        ) from error
+    except (OSError, ValueError, *kinds) as error:
+        raise SystemExit(f"{script}: {error}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(
+            f"{script}: a process that reads frames was killed, mostly for want of memory ({error}) What is saved "
+            "stays, the same command goes on; --workers 0 needs least memory."
+        ) from error
+
+
+def key_values(items: Sequence[str]) -> dict:
+    """KEY=VALUE ... -> dict, the values read as YAML.
+
+    Raises:
+        ValueError: an item without "=", or a value that is no YAML.
+    """
+    if any("=" not in item for item in items):
+        raise ValueError(f"takes KEY=VALUE, got {' '.join(items)}")
+    try:
+        return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"takes KEY=VALUE, the values in YAML: {one_line_of(error)}") from error
+
+
+def one_line_of(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels.
+
+    Raises:
+        ValueError: another form.
+    """
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"--size must be HEIGHTxWIDTH, such as 256x128, got {text!r}")
+    return height, width
+
+
+def check_split(text: str) -> None:
+    if text not in ("", "all") and not (text.isascii() and text.isdigit()):
+        raise ValueError(f"split must be a number or all, got {text!r}")
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError unless there is such a device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<number>``."""
+    kind, colon, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isascii() and number.isdigit()):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:<number>, got {device!r}")
+    if kind != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= int(number or 0):
+        raise ValueError(f"there is no device {device}: torch sees {count} GPUs. Use --device cpu or auto")
+    if colon and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"several processes take one GPU each: use --device cuda or auto, got {device}")
+
+
+def accelerator_of(device: str, mixed_precision: str = "no", **options) -> accelerate.Accelerator:
+    """Where a command runs.
+
+    Raises:
+        ValueError: no such device.
+    """
+    check_device(device)
+    if ":" in device:
+        torch.cuda.set_device(device)
+    return accelerate.Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data, embeddings, figures
+
+
+def open_splits(spec: str, options: dict, split: str, identity_splits: int, seed: int) -> dict[int, data.TrackletData]:
+    """The splits that were asked for, by number.
+
+    Args:
+        spec: name or name:<root>.
+        options: of the data set.
+        split: a number, or all (or nothing, for all); of a benchmark that comes with several, or of the random identity
+            splits.
+        identity_splits: how many random identity splits to make; 0: the data set's own.
+        seed: draws those.
+    """
+    name, _, root = spec.partition(":")
+    if identity_splits:
+        splits = data.identity_splits(data.open_dataset(name, root or None, **options), identity_splits, seed)
+    elif data.num_splits(name) > 1:
+        wanted = "all" if split in ("", "all") else int(split)
+        splits = data.open_splits(name, root or None, split=wanted, **options)
+        return dict(enumerate(splits)) if wanted == "all" else {int(wanted): splits[0]}
+    else:
+        splits = [data.open_dataset(name, root or None, **options)]
+    if split in ("", "all"):
+        return dict(enumerate(splits))
+    if not 0 <= int(split) < len(splits):
+        raise ValueError(f"split must be 0 to {len(splits) - 1} or all, got {split}.")
+    return {int(split): splits[int(split)]}
+
+
+def embed(
+    model: temporal_agg.TrackletModel,
+    tracklets: Sequence[data.Tracklet],
+    accelerator: accelerate.Accelerator,
+    frames_per_batch: int = 256,
+    progress: bool = True,
+) -> Tensor:
+    """Every process embeds its share of the tracklets; all of them get all embeddings ``[N, D]``, in order."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    rows = torch.zeros(-(-len(tracklets) // world), model.num_features)
+    share = tracklets[rank::world]
+    if share:
+        progress = progress and accelerator.is_main_process
+        options: dict[str, Any] = {"device": accelerator.device, "progress": progress}
+        rows[: len(share)] = temporal_agg.embed_tracklets(model, share, frames_per_batch=frames_per_batch, **options)
+    if world == 1:
+        return rows
+    rows = accelerator.gather(rows.to(accelerator.device)).cpu()
+    return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(tracklets)]
+
+
+def embed_test(model, dataset: data.TrackletData, accelerator, *options) -> tuple[Tensor, Tensor]:
+    """The embeddings of queries and gallery; what is in both is embedded once. Options are those of :func:`embed`."""
+    own = dataset.query_index
+    alone = [query for query, i in zip(dataset.query, own, strict=True) if i < 0]
+    embeddings = embed(model, [*dataset.gallery, *alone], accelerator, *options)
+    place = iter(range(len(dataset.gallery), len(embeddings)))
+    return embeddings[[next(place) if i < 0 else i for i in own]], embeddings[: len(dataset.gallery)]
+
+
+def score(distances, dataset: data.TrackletData, ap: str = "step", ranks=RANKS) -> retrieval.RetrievalMetrics:
+    """The data set's protocol."""
+    sides = (dataset.query, dataset.gallery)
+    ids = ([getattr(t, key) for t in side] for side in sides for key in ("pid", "camera"))
+    return retrieval.evaluate(distances, *ids, query_index=dataset.query_index, ranks=ranks, ap=ap)
+
+
+def summary(metrics: retrieval.RetrievalMetrics) -> dict:
+    """What is written down of an evaluation."""
+    result: dict = {"map": float(metrics.map), "minp": float(metrics.minp)}
+    result |= {f"rank{k}": float(metrics.rank(k)) for k in RANKS}
+    result["queries_without_match"] = metrics.queries_without_match
+    result["cmc"] = [round(float(value), 6) for value in metrics.cmc]
+    return result
+
+
+def cell(values: Sequence[float]) -> str:
+    """Per cent; several values as mean and standard deviation."""
+    percent = 100 * np.array(values)
+    return f"{percent.mean():.1f}" + (f" ± {percent.std(ddof=1):.1f}" if len(percent) > 1 else "")
+
+
+def layout(rows: list[list[str]]) -> str:
+    """Rows of text as a table with its first column on the left; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def draw(path: Path, figure: Callable[[], Any]) -> None:
+    """Saves a figure, or says what it needs."""
+    try:
+        drawing = figure()
+    except ImportError as error:
+        print(f"No {path.name}: {error}")
+        return
+    replace_file(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_text(path: Path, content: str) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file with a checksum of what it holds."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(tensors, {"sha256": _checksum(tensors)})
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What :func:`write_tensors` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged.
+    """
+    with open(path, "rb"):  # safetensors gives errors of its own for what the system refuses
+        pass
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    if expected not in (None, _checksum(tensors)):
+        raise ValueError(f"{path} is damaged: what it holds has another checksum than it says.")
+    return tensors
+
+
+@contextmanager
+def held(directory: Path, accelerator: accelerate.Accelerator) -> Iterator[None]:
+    """Makes a directory and holds it for the processes of one command; sweeps what killed ones left in it.
+
+    One process waits while another command is at work there; several cannot, whose waiting for each other has an end.
+
+    Raises:
+        Busy: another command is at work there.
+    """
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            told = False
+            while True:
+                try:
+                    stack.enter_context(locked(directory / ".lock", str(directory)))
+                    break
+                except Busy:
+                    if accelerator.num_processes > 1:
+                        raise
+                if not told:
+                    print(f"{directory}: another command is at work there; this one waits until it ends.", flush=True)
+                told = True
+                time.sleep(0.5)
+            sweep(directory)
+        accelerator.wait_for_everyone()
+        yield
+
+
+SETTINGS = {"data": str, "root": str, "data_options": dict, "split": str, "identity_splits": int}
+
+
+def read_run(run: str | os.PathLike) -> tuple[dict, dict]:
+    """Settings and environment of a run of train.py, from its settings.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it does not hold what train.py writes there.
+    """
+    file = Path(run) / "settings.json"
+    content = read_json(file)
+    for key in ("settings", "environment"):
+        if not isinstance(content.get(key), dict):
+            raise ValueError(f"{file}: {key!r} is missing or no object: it is no settings.json of train.py.")
+    settings = content["settings"]
+    for key, kind in SETTINGS.items():
+        if not isinstance(settings.get(key), kind):
+            raise ValueError(f"{file}: the setting {key!r} is missing or no {kind.__name__}: restore the file.")
+    return settings, content["environment"]
+
+
+def own_data(run: str | os.PathLike) -> dict:
+    """The data that a run was trained for, as :func:`open_splits` takes it.
+
+    Raises:
+        ValueError: the run does not say.
+    """
+    try:
+        settings, _ = read_run(run)
+    except FileNotFoundError:
+        raise ValueError(f"{run} does not say what to evaluate on: pass --data.") from None
+    return {
+        "spec": f"{settings['data']}:{settings['root']}" if settings["root"] else settings["data"],
+        "options": settings["data_options"],
+        "split": settings["split"],
+        "identity_splits": settings["identity_splits"],
+        "seed": settings.get("split_seed", 0),
+    }
+
+
+def read_metrics(file: Path) -> dict:
+    """The metrics.json of a finished run.
+
+    Raises:
+        ValueError: it is not whole; the message names it.
+    """
+    metrics = read_json(file)
+    bad = [key for key in METRICS if not (is_number(metrics.get(key)) and 0 <= metrics[key] <= 1)]
+    bad += [key for key in ("seconds", "train_seconds", "queries", "gallery") if not is_number(metrics.get(key))]
+    bad += [key for key, kind in (("cmc", list), ("untrained", dict)) if not isinstance(metrics.get(key), kind)]
+    bad += [] if bad or all(map(is_number, metrics["cmc"])) else ["cmc"]
+    if bad:
+        raise ValueError(
+            f"{file}: {', '.join(bad)} is missing or not between 0 and 1. Restore the file, or delete it: "
+            "the command that trained the run then writes it again."
+        )
+    return metrics
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
+    """A saved model or one by name, cut into clips as it wants but for ``clip``.
+
+    Raises:
+        ValueError: no such field of a clip, and as ``create_model``.
+    """
+    model = temporal_agg.create_model(f"local-dir:{name}" if os.path.isdir(name) else name)
+    if clip:
+        known = [field.name for field in fields(model.clip)]
+        unknown = sorted(set(clip) - set(known))
+        if unknown:
+            raise ValueError(f"--clip has no {', '.join(unknown)}; it has {', '.join(known)}")
+        model.clip = replace(model.clip, **clip)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    """Its name, where the system says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or "cpu"
+
+
+def environment(device: str | torch.device, processes: int = 1) -> dict:
+    """What results depend on beside settings."""
+    device = torch.device(device)
+    return {
+        "command": " ".join(sys.argv),
+        "git": git_revision(),
+        "temporal_agg": temporal_agg.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
