@@ -63,7 +63,7 @@ def export_onnx(
 
     Raises:
         ImportError: the extra ``export`` is not installed, or torch is older than 2.9.
-        Busy: another process writes the same file.
+        OSError: another process writes the same file.
         FileNotFoundError: the folder does not exist.
         TypeError: neither a model nor an aggregator.
         ValueError: a length or size that does not fit, or more than 2 GB of weights, which one file cannot hold.
