@@ -153,7 +153,7 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
     """Changes with the names, sizes and times of a tracklet's files; also of its optical flow, if there is one."""
     digest = hashlib.sha256()
     files = [os.fspath(frame) for frame in tracklet.frames if not hasattr(frame, "shape")]
-    if flow and (beside := flow_file(files)).is_file():
+    if flow and files and (beside := flow_file(files)).is_file():
         files.append(os.fspath(beside))
     for file in files:
         status = os.stat(file)
@@ -191,7 +191,7 @@ class Finished:
         try:
             before, self.rows, whole = _read_part(path)
             if before is not None and before != settings:
-                if not restart:
+                if self.rows and not restart:
                     raise ValueError(_other_settings(path, before, settings))
                 before, self.rows, whole = None, {}, 0
             with open(path, "ab") as file:
@@ -230,7 +230,7 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
         before, found, _ = _read_part(path)
         if before == settings:
             rows |= found
-        elif before is not None and not foreign:
+        elif found and not foreign:
             raise ValueError(_other_settings(path, before, settings))
     return rows
 
@@ -248,7 +248,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str],
             for line in file:
                 if not line.endswith(b"\n"):
                     break  # its process was killed here, or is writing
-                content = json.loads(line)
+                content = json.loads(line.decode())
                 if before is None:
                     if not isinstance(content, dict) or "temporal-agg" not in content:
                         raise ValueError("it says nothing of temporal-agg")

@@ -74,10 +74,10 @@ def run_embed(args: argparse.Namespace) -> None:
     with parts.locked(parts.own):
         parts.refuse_others()
         job = prepare(args.folder, args.model, args)
-        finished = Finished(parts.own, job.settings, args.overwrite)
-        done = read_finished(parts.all(), job.settings, args.overwrite)
         gallery = read_embeddings(output) if args.append and output.is_file() else None
         new = range(len(job.keys)) if gallery is None else not_in(gallery, job, output)
+        finished = Finished(parts.own, job.settings, args.overwrite)
+        done = read_finished(parts.all(), job.settings, args.overwrite)
         missing = [i for i in new if job.keys[i] not in done]
         if len(missing) < len(new):
             say(f"{parts.own}: {len(new) - len(missing)} of {len(new)} tracklets are embedded already.")
@@ -315,8 +315,11 @@ def run_merge(args: argparse.Namespace) -> None:
 def run_link(args: argparse.Namespace) -> None:
     if args.sheet is not None and not args.folder:
         raise ValueError("--sheet shows the frames: pass --folder, the folder that was embedded.")
-    check_folder(args.sheet)
-    check_output(args.output, args.overwrite, args.gallery, *args.folder)
+    inputs = args.gallery, *args.folder
+    check_output(args.sheet, True, *inputs)  # another page that is there is looked at when the new one is made
+    check_output(args.output, args.overwrite, *inputs)
+    if args.sheet is not None and args.sheet.resolve() == args.output.resolve():
+        raise ValueError(f"-o and --sheet are both {args.output}: choose another name for one of them.")
     gallery = read_embeddings(args.gallery)
     threshold = args.threshold
     if threshold is None and gallery.distance != "cosine":
@@ -328,10 +331,8 @@ def run_link(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{args.gallery} does not know the number of every tracklet's first frame: embed it again."
             )
-        times = {"start": gallery.start, "end": gallery.end}
-    people = retrieval.link(
-        gallery.embeddings, threshold, metric=gallery.distance, cameras=gallery.cameras, **times
-    ).tolist()
+        times = {"cameras": gallery.cameras, "start": gallery.start, "end": gallery.end}
+    people = retrieval.link(gallery.embeddings, threshold, metric=gallery.distance, **times).tolist()
     if args.sheet is not None:
         tracklets = tracklets_named(gallery.names, args.folder)
         save(args.sheet, args.overwrite, lambda temporary: retrieval.contact_sheet(temporary, tracklets, people))

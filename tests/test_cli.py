@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import subprocess
@@ -322,6 +323,7 @@ def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, ca
             ["link", g, "-o", g],
             ["link", g, "-o", str(image), "--sheet", str(tmp_path / "a.html"), "--folder", str(folder)],
             ["link", g, "-o", str(new), "--sheet", g, "--folder", str(folder)],
+            ["link", g, "-o", str(new), "--sheet", str(image), "--folder", str(folder)],
             ["merge", q, g, "-o", q],
             ["merge", q, g, "-o", str(link)],
             ["index", g, "-o", g],
@@ -398,16 +400,18 @@ def test_a_copy_of_the_gallery_does_not_match_itself(plain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("style", ["table", "csv", "json"])
-def test_names_of_any_kind_are_printed_and_written(plain, tmp_path, style):
+def test_names_of_any_kind_are_printed_and_written(style, plain, tmp_path, monkeypatch):
     names = ["latin \udce9", "\u5f20", "line\nbreak \x1b[2J", "plain"]
     g = plain("g.npz", torch.eye(4).tolist(), names)
-    command = [sys.executable, "-m", "temporal_agg.cli", "search", g, g, "--format", style]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert rb"\udce9" in done.stdout
-    assert rb"\u5f20" in done.stdout
-    assert style == "csv" or b"\x1b" not in done.stdout  # a terminal would obey
-    assert cli.main([*command[3:], "-o", str(tmp_path / "found")]) == 0
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))
+    assert cli.main(["search", g, g, "--format", style]) == 0
+    assert sys.stdout.errors == "strict"  # as it was
+    printed = screen.getvalue()
+    assert rb"\udce9" in printed
+    assert rb"\u5f20" in printed
+    assert style == "csv" or b"\x1b" not in printed  # a terminal would obey
+    assert cli.main(["search", g, g, "--format", style, "-o", str(tmp_path / "found")]) == 0
     text = (tmp_path / "found").read_text(encoding="utf-8")
     assert ("\u5f20" if style != "json" else r"\u5f20") in text
     if style == "json":
@@ -415,14 +419,14 @@ def test_names_of_any_kind_are_printed_and_written(plain, tmp_path, style):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_standard_output_is_one_line(plain):
+def test_a_full_standard_output_is_one_line(plain, monkeypatch, capsys):
     g = plain("g.npz", [[1.0, 0.0], [0.0, 1.0]])
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "temporal_agg.cli", "search", g, g]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert "the standard output" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["search", g, g]) == 1
+    message = capsys.readouterr().err
+    assert "the standard output" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
@@ -443,6 +447,7 @@ def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
         json.dumps(row).encode() + b"\n" + json.dumps({**row, "embedding": "AACAPwAAgD8="}).encode() + b"\n",
     ]
     part = tmp_path / "out.npz.part"
+    capsys.readouterr()
     for line in lines:
         part.write_bytes(head + line)
         assert embed()[0] == 1
