@@ -172,7 +172,7 @@ class Finished:
     to a file holds its lock; anybody may read it meanwhile.
 
     Args:
-        path: of the file; made if it is not there. None = kept in memory alone.
+        path: of the file; made with the first embedding. None = kept in memory alone.
         settings: what the embeddings depend on.
         restart: drop what is there if it was made with other settings.
 
@@ -186,18 +186,16 @@ class Finished:
     def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool):
         self.rows: dict[tuple[str, str], Tensor] = {}
         self.path = path
-        if path is None:
+        self.head = json.dumps(settings).encode() + b"\n"
+        if path is None or not path.is_file():
             return
+        before, self.rows, whole = _read_part(path)
+        if before != settings:
+            if self.rows and before is not None and not restart:
+                raise ValueError(_other_settings(path, before, settings))
+            self.rows, whole = {}, 0
         try:
-            before, self.rows, whole = _read_part(path)
-            if before is not None and before != settings:
-                if self.rows and not restart:
-                    raise ValueError(_other_settings(path, before, settings))
-                before, self.rows, whole = None, {}, 0
-            with open(path, "ab") as file:
-                file.truncate(whole)
-                if before is None:
-                    file.write(json.dumps(settings).encode() + b"\n")
+            os.truncate(path, whole)
         except OSError as error:
             raise _naming(error, path) from error
 
@@ -212,7 +210,8 @@ class Finished:
         )
         try:
             with open(self.path, "ab") as file:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+                head = b"" if file.tell() else self.head
+                file.write(head + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         except OSError as error:
             raise _naming(error, self.path) from error
 

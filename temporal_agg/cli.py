@@ -76,8 +76,15 @@ def run_embed(args: argparse.Namespace) -> None:
         job = prepare(args.folder, args.model, args)
         gallery = read_embeddings(output) if args.append and output.is_file() else None
         new = range(len(job.keys)) if gallery is None else not_in(gallery, job, output)
+        ended = before is not None and not args.overwrite and not args.append  # and killed before its parts were gone
+        if ended and not holds(output, job):
+            raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
         finished = Finished(parts.own, job.settings, args.overwrite)
         done = read_finished(parts.all(), job.settings, args.overwrite)
+        if ended:
+            parts.remove()
+            say(f"{output} is complete already.")
+            return
         missing = [i for i in new if job.keys[i] not in done]
         if len(missing) < len(new):
             say(f"{parts.own}: {len(new) - len(missing)} of {len(new)} tracklets are embedded already.")
@@ -99,14 +106,16 @@ def not_in(gallery: Embeddings, job: Job, output: Path) -> list[int]:
     return [i for i, (name, _) in enumerate(job.keys) if name not in have]
 
 
+def holds(output: Path, job: Job) -> bool:
+    """Whether a file has all tracklets of a folder, embedded by the same model."""
+    found = read_embeddings(output)
+    have = set(zip(found.names, found.frames or [""] * len(found.names), strict=True))
+    return job.fingerprint == found.fingerprint and have.issuperset(job.keys)
+
+
 def joined(output: Path, before: tuple[int, int] | None, job: Job) -> bool:
     """Whether another process of the same run has written the output since this one began."""
-    if stamp(output) in (before, None):
-        return False
-    found = read_embeddings(output)
-    return job.fingerprint == found.fingerprint and set(job.keys) <= set(
-        zip(found.names, found.frames or (), strict=False)
-    )
+    return stamp(output) not in (before, None) and holds(output, job)
 
 
 def join(

@@ -279,12 +279,14 @@ def wait_before_embedding(folder):
     """The process says by a file that it is at work, and goes on once another file is there."""
 
     def before():
-        embed = _embed.embed_tracklets
+        embed, calls = _embed.embed_tracklets, []
 
         def wait(*args, **options):
-            (folder / "at work").touch()
-            while not (folder / "go on").exists():
-                pass
+            calls.append(1)
+            if len(calls) == 2:
+                (folder / "at work").touch()
+                while not (folder / "go on").exists():
+                    pass
             return embed(*args, **options)
 
         _embed.embed_tracklets = wait
@@ -316,6 +318,27 @@ def test_torchrun(folder, out, tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_embeddings(out / "a.npz").names == NAMES
     assert [p.name for p in out.iterdir()] == ["a.npz"]
+
+
+def test_an_unfinished_run_is_no_leave_to_overwrite(folder, out, gallery, capfd):
+    (out / "a.npz").write_bytes(gallery.read_bytes())
+    (folder / "0009" / "1_a").mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "0009" / "1_a" / "1.png")
+    assert ended(start(embed(folder, out, "--overwrite"), kill_before_embedding(3))) == -signal.SIGKILL
+    assert ended(start(embed(folder, out))) == 1
+    assert "is there already" in capfd.readouterr().err
+    assert (out / "a.npz").read_bytes() == gallery.read_bytes()
+    assert ended(start(embed(folder, out, "--overwrite"))) == 0
+    assert read_embeddings(out / "a.npz").names == [*NAMES, "0009/1_a"]
+    assert list(content(out)) == ["a.npz"]
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(folder, out):
+    def before():
+        _embed.embed_tracklets = None  # a TypeError
+
+    assert ended(start(embed(folder, out), before)) == 1
+    assert content(out) == {}
 
 
 def test_processes_of_the_environment(folder, out, monkeypatch, capsys):
