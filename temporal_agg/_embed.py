@@ -229,7 +229,7 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
         before, found, _ = _read_part(path)
         if before == settings:
             rows |= found
-        elif found and not foreign:
+        elif before is not None and found and not foreign:
             raise ValueError(_other_settings(path, before, settings))
     return rows
 
