@@ -27,6 +27,7 @@ from .inference import embed_tracklets
 from .models import FrameEncoder, TrackletModel, create_model, list_models, load_weights
 from .models.star import LSTA
 from .retrieval import evaluate, rerank
+from .stream import TrackletStream, crop_embedder
 
 __all__ = [
     "DTP",
@@ -56,9 +57,11 @@ __all__ = [
     "TemporalAttention",
     "Tracklet",
     "TrackletModel",
+    "TrackletStream",
     "create_aggregator",
     "create_criterion",
     "create_model",
+    "crop_embedder",
     "data",
     "embed_tracklets",
     "evaluate",

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "data": {"_files"},
     "retrieval": {"_files", "data"},  # _files: the store; data: at need, for tracklets
     "inference": {"aggregators", "models", "data", "retrieval"},
+    "stream": {"data", "inference", "models"},
     "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "models", "data", "retrieval", "inference"},
     "_embed": {"_files", "_version", "models", "data", "retrieval", "inference"},
@@ -34,6 +35,7 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "data": {"PIL", "h5py", "scipy", "torchvision"},
     "retrieval": {"PIL", "faiss", "pyarrow"},
     "inference": {"tqdm"},
+    "stream": {"PIL"},  # for types
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
 }
@@ -66,9 +68,11 @@ PUBLIC = [
     "TemporalAttention",
     "Tracklet",
     "TrackletModel",
+    "TrackletStream",
     "create_aggregator",
     "create_criterion",
     "create_model",
+    "crop_embedder",
     "data",
     "embed_tracklets",
     "evaluate",
