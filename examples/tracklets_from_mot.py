@@ -4,7 +4,8 @@
     python examples/tracklets_from_mot.py sequence --boxes tracks.txt --cameras 3 --out people   # a tracker's result
 
 A sequence is a folder with img1/<frame>.jpg and gt/gt.txt, whose lines are frame, id, left, top, width, height, then
-confidence (of a ground truth: 0 = to be ignored), class and visibility. It becomes
+what the tool adds: --columns says what, where the file leaves it open (docs/own_data.md). A CSV file with a header will
+do as well. What is left out is printed, by reason. The sequence becomes
 
     people/{train,query,gallery}/<pid>/<camera>_<sequence>-<frame>/<frame>.jpg, and people/contact_sheet.jpg
 
@@ -22,7 +23,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,29 +34,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from temporal_agg._files import locked, read_json, read_text, replace_file
+from temporal_agg.data import open_image
+from temporal_agg.data.boxes import Box, crop, people_in, read_boxes
+from temporal_agg.data.images import is_image
+
 TILE, COLUMNS, LABEL = (64, 128), 8, 200  # of the contact sheet, in pixels
-
-
-class Box(NamedTuple):
-    """In pixels; left and top from 0. Visibility is a share, 1 where it is unknown."""
-
-    frame: int
-    id: int
-    left: float
-    top: float
-    width: float
-    height: float
-    visibility: float = 1.0
-
-    @property
-    def corners(self) -> tuple[float, float, float, float]:
-        return self.left, self.top, self.left + self.width, self.top + self.height
-
-    def share(self, other: tuple[float, float, float, float]) -> float:
-        """How much of the box another rectangle covers."""
-        x1, y1, x2, y2 = self.corners
-        shared = max(min(x2, other[2]) - max(x1, other[0]), 0) * max(min(y2, other[3]) - max(y1, other[1]), 0)
-        return shared / (self.width * self.height)
 
 
 class Cut(NamedTuple):
@@ -72,53 +58,54 @@ class Cut(NamedTuple):
 class Sequence:
     """Frames by their numbers, and boxes."""
 
-    def __init__(self, folder: Path, boxes: Path | None, classes: list[int], confidence: float):
+    def __init__(self, folder: Path, boxes: Path | None, args: argparse.Namespace):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}: expected one with img1/ and gt/gt.txt.")
-        info = configparser.ConfigParser()
-        info.read(folder / "seqinfo.ini", encoding="utf-8")
-        images = folder / info.get("Sequence", "imDir", fallback="img1")
         self.name = folder.resolve().name
-        self.paths = {int(p.stem): p for p in images.glob("*") if p.stem.isdigit()}
+        images = image_folder(folder)
+        self.paths: dict[int, Path] = {}
+        for path in sorted(images.glob("*")):
+            if is_image(path.name) and re.fullmatch("[0-9]+", path.stem):  # label files may lie beside the frames
+                other = self.paths.setdefault(int(path.stem), path)
+                if other != path:
+                    raise ValueError(f"{other} and {path.name} are the same frame: remove one of them.")
         if not self.paths:
-            raise FileNotFoundError(f"no frame in {images}: expected images named by their numbers, 000001.jpg.")
+            raise FileNotFoundError(
+                f"no frame in {images}: expected images named by their numbers, 000001.jpg (in the imDir of "
+                f"{folder / 'seqinfo.ini'}, else in img1)."
+            )
         self.span = min(self.paths), max(self.paths)
-        with Image.open(self.paths[self.span[0]]) as image:
-            self.size = image.size
-        self.boxes = list(read_boxes(boxes or folder / "gt" / "gt.txt", classes, confidence))
+        self.size = open_image(self.paths[self.span[0]]).size
+        file = boxes or folder / "gt" / "gt.txt"
+        self.found = read_boxes(file, args.columns, **box_filters(args), truth=boxes is None)
 
-    def frames(self, numbers: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int, Image.Image | OSError]]:
         for number in numbers:
-            if number not in self.paths:
-                raise FileNotFoundError(f"{self.name} has boxes in frame {number}, but no image of it.")
             try:
-                with Image.open(self.paths[number]) as image:
-                    yield number, image.convert("RGB")
+                if number not in self.paths:
+                    raise FileNotFoundError(f"{self.name} has boxes in frame {number}, but no image of it.")
+                yield number, open_image(self.paths[number])
             except OSError as error:
-                raise OSError(f"cannot read {self.paths[number]}: {error}.") from error
+                yield number, error
 
 
-def read_boxes(file: Path, classes: list[int], confidence: float) -> Iterator[Box]:
-    """The boxes of a MOT file that are people; its pixels are counted from 1."""
+def image_folder(folder: Path) -> Path:
+    """Where a sequence's frames are: seqinfo.ini may say it; else in img1, or beside each other in the folder."""
+    file = folder / "seqinfo.ini"
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: pass the boxes by --boxes.")
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = [float(value) for value in line.replace(",", " ").split()]
-            frame, track, left, top, width, height, *rest = values
-        except ValueError:
-            raise ValueError(f"{file}, line {number}: expected frame,id,left,top,width,height, got {line!r}.") from None
-        if track < 0:
-            raise ValueError(f"{file}, line {number}: a box without an identity (id {track:g}): run a tracker first.")
-        sure, visibility = rest[0] if rest else 1.0, 1.0
-        if len(rest) in (2, 3) and rest[1] > 0:  # a ground truth: its confidence is a flag
-            if rest[1] not in classes or not sure:
-                continue
-            visibility = rest[2] if len(rest) == 3 and rest[2] >= 0 else 1.0
-        if sure >= confidence and min(width, height) > 0:
-            yield Box(int(frame), int(track), left - 1, top - 1, width, height, visibility)
+        return folder / "img1" if (folder / "img1").is_dir() else folder
+    text, name = read_text(file), "img1"
+    if not re.search(r"^\s*\[", text, re.MULTILINE):
+        print(f"{file} has no [Sequence] line: it is read as if it had.", file=sys.stderr)
+        text = f"[Sequence]\n{text}"
+    info = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        info.read_string(text, str(file))
+    except configparser.Error as error:
+        raise ValueError(f"{file} is no ini file: {error}.") from error
+    for section in info.sections():
+        name = info.get(section, "imDir", fallback=name)
+    return folder / name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,31 +115,27 @@ def read_boxes(file: Path, classes: list[int], confidence: float) -> Iterator[Bo
 def cut_tracklets(sources: list[Sequence], args: argparse.Namespace) -> list[Cut]:
     cuts, first_pid = [], 0
     for number, source in enumerate(sources):
-        by_frame, by_id = defaultdict(list), defaultdict(list)
-        for box in source.boxes:
-            by_frame[box.frame].append(box)
-        for box in source.boxes:
-            # Who stands lower in the picture stands in front.
-            front = [b for b in by_frame[box.frame] if b.id != box.id and b.corners[3] > box.corners[3]]
-            if (
-                min(box.visibility, box.share((0, 0, *source.size))) >= args.visibility
-                and box.height >= args.min_height
-                and max((box.share(b.corners) for b in front), default=0) <= args.occlusion
-            ):
-                by_id[box.id].append(box)
+        found, by_id = source.found, defaultdict(list)
+        least = {"visibility": args.visibility, "min_height": args.min_height, "occlusion": args.occlusion}
+        for box in people_in(found.boxes, source.size, found.dropped, **least):
+            by_id[box.id].append(box)
         start, end = source.span
         for track, boxes in sorted(by_id.items()):
-            boxes.sort()
             runs: dict[tuple, list[Box]] = defaultdict(list)
             run = 0
             for before, box in zip([boxes[0], *boxes], boxes, strict=False):
                 run += box.frame - before.frame > args.max_gap
                 runs[(box.frame - start) * args.cameras // (end - start + 1), run].append(box)
-            for (period, _), kept in sorted(runs.items()):
-                if len(kept[:: args.stride]) >= args.min_length:
-                    pid = track if args.shared_ids else first_pid + track
-                    cuts.append(Cut(source, pid, number * args.cameras + period, kept[:: args.stride]))
-        first_pid += max((box.id for box in source.boxes), default=0) + 1
+            for (period, _), own in sorted(runs.items()):
+                kept = own[:: args.stride]
+                if len(kept) < args.min_length:
+                    found.dropped[f"in tracklets of less than {args.min_length} frames"] += len(own)
+                    continue
+                found.dropped[f"between every {args.stride} frames"] += len(own) - len(kept)
+                pid = track if args.shared_ids else first_pid + track
+                cuts.append(Cut(source, pid, number * args.cameras + period, kept))
+        first_pid += max(box.id for box in found.boxes) + 1
+        print(f"{source.name}: {found.report()}")
     if not cuts:
         raise ValueError("no tracklet is left: lower --min-length, --min-height or --visibility, or raise --occlusion.")
     return cuts
@@ -173,7 +156,7 @@ def split_people(cuts: list[Cut], share: float, seed: int) -> dict[str, list[Cut
     return splits
 
 
-def write_tracklets(splits: dict[str, list[Cut]], out: Path, margin: float) -> int:
+def write_tracklets(splits: dict[str, list[Cut]], out: Path, margin: float, skip_unreadable: bool) -> int:
     """Writes what is not there yet; a tracklet gets its name when it is complete. Returns how many it wrote."""
     wanted = defaultdict(lambda: defaultdict(list))  # source -> frame -> where its crops go
     left = {}
@@ -187,18 +170,26 @@ def write_tracklets(splits: dict[str, list[Cut]], out: Path, margin: float) -> i
                 left[final] = len(cut.boxes)
                 for box in cut.boxes:
                     wanted[cut.source][box.frame].append((box, temporary, final))
-    written = len(left)
+    written, errors = 0, []
     for source, frames in wanted.items():
         for number, image in source.frames(sorted(frames)):
+            bad = isinstance(image, OSError)
+            if bad:
+                errors.append(str(image))
             for box, temporary, final in frames[number]:
-                x1, y1, x2, y2 = box.corners
-                dx, dy = margin * box.width, margin * box.height
-                x1, x2 = (round(min(max(x, 0), image.width)) for x in (x1 - dx, x2 + dx))
-                y1, y2 = (round(min(max(y, 0), image.height)) for y in (y1 - dy, y2 + dy))
-                image.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))).save(temporary / f"{number:06d}.jpg", quality=95)
-                left[final] -= 1
-                if not left[final]:
+                if not bad:
+                    crop(image, box, margin).save(temporary / f"{number:06d}.jpg", quality=95)
+                left[final] -= not bad or skip_unreadable
+                if not left[final] and any(temporary.iterdir()):
                     os.replace(temporary, final)
+                    written += 1
+                elif not left[final]:
+                    temporary.rmdir()
+    if errors:
+        listed = "".join(f"\n  {error}" for error in dict.fromkeys(errors))
+        if not skip_unreadable:
+            raise OSError(f"{len(errors)} frames cannot be read; --skip-unreadable leaves them out:{listed}")
+        print(f"{len(errors)} frames cannot be read and are left out:{listed}", file=sys.stderr)
     return written
 
 
@@ -210,7 +201,8 @@ def contact_sheet(splits: dict[str, list[Cut]], out: Path, rows: int, seed: int)
             people[cut.pid].append((split, cut))
     pids = sorted(people)
     random.Random(seed).shuffle(pids)
-    chosen = [(pid, *item) for pid in pids for item in people[pid]][:rows]
+    there = {pid: [(split, cut) for split, cut in people[pid] if (out / split / cut.folder).is_dir()] for pid in pids}
+    chosen = [(pid, *item) for pid in pids for item in there[pid]][:rows]
     sheet = Image.new("RGB", (LABEL + COLUMNS * TILE[0], len(chosen) * TILE[1]), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (pid, split, cut) in enumerate(chosen):
@@ -219,10 +211,10 @@ def contact_sheet(splits: dict[str, list[Cut]], out: Path, rows: int, seed: int)
         draw.text((8, y + 8), f"{text}{cut.boxes[-1].frame}\n{len(cut.boxes)} of them kept", fill="black")
         new = row == 0 or chosen[row - 1][0] != pid
         draw.line((0 if new else LABEL, y, sheet.width, y), fill="black" if new else "lightgray", width=2 if new else 1)
-        for column, place in enumerate(np.unique(np.linspace(0, len(cut.boxes) - 1, COLUMNS).round().astype(int))):
-            with Image.open(out / split / cut.folder / f"{cut.boxes[place].frame:06d}.jpg") as crop:
-                crop = ImageOps.contain(crop, (TILE[0] - 4, TILE[1] - 6))
-                sheet.paste(crop, (LABEL + column * TILE[0] + 2, y + 3))
+        files = sorted(p for p in (out / split / cut.folder).iterdir() if is_image(p.name))
+        for column, place in enumerate(np.unique(np.linspace(0, len(files) - 1, COLUMNS).round().astype(int))):
+            tile = ImageOps.contain(open_image(files[place]), (TILE[0] - 4, TILE[1] - 6))
+            sheet.paste(tile, (LABEL + column * TILE[0] + 2, y + 3))
     return sheet
 
 
@@ -231,7 +223,7 @@ def check_settings(out: Path, settings: dict) -> None:
     file = out / "settings.json"
     settings = json.loads(json.dumps(settings, default=str))
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = read_json(file)
         changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
         if changed:
             was = "; ".join(f"{k}: was {before.get(k)}, is {settings.get(k)}" for k in changed)
@@ -239,9 +231,7 @@ def check_settings(out: Path, settings: dict) -> None:
     elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds other things already: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".tmp-settings.json"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, file)
+    replace_file(file, lambda temporary: temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8"))
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,9 +247,16 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-length", type=int, default=8, help="frames of a tracklet (8)")
     add("--max-gap", type=int, default=10, help="frames without the person before a new tracklet begins (10)")
     add("--stride", type=int, default=1, help="keep every n-th frame (1)")
-    add("--confidence", type=float, default=0.0, help="least confidence of a tracker's boxes (0)")
+    add("--confidence", type=float, default=0.0, help="least confidence of a tracker's boxes, where it is known (0)")
+    add("--columns", help="of the files of boxes: mot-gt, mot15-gt, mot, boxmot, visdrone, or names: frame,id,left,...")
+    add("--classes", type=int, nargs="+", metavar="N", help="that are people (what the columns' tool has for them)")
+    add("--skip-unreadable", action="store_true", help="leave frames out that cannot be read, and list them")
     add("--sheet", type=int, default=40, help="tracklets on the contact sheet (40)")
     add("--seed", type=int, default=0, help="draws the people for testing (0)")
+
+
+def box_filters(args: argparse.Namespace) -> dict:
+    return {"classes": args.classes, "confidence": args.confidence}
 
 
 def make(sources: list, args: argparse.Namespace) -> None:
@@ -269,11 +266,13 @@ def make(sources: list, args: argparse.Namespace) -> None:
     splits = split_people(cuts, args.test, args.seed)
     boxes = hashlib.sha256(repr([(cut.folder, cut.boxes) for cut in cuts]).encode()).hexdigest()[:16]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "sheet")}
-    check_settings(args.out, {**settings, "content of the boxes": boxes})
-    written = write_tracklets(splits, args.out, args.margin)
-    temporary = args.out / ".tmp-contact_sheet.jpg"
-    contact_sheet(splits, args.out, args.sheet, args.seed).save(temporary, quality=90)
-    os.replace(temporary, args.out / "contact_sheet.jpg")
+    out = args.out.expanduser().resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), str(args.out)):
+        check_settings(out, {**settings, "content of the boxes": boxes})
+        written = write_tracklets(splits, out, args.margin, args.skip_unreadable)
+        sheet = contact_sheet(splits, out, args.sheet, args.seed)
+        replace_file(out / "contact_sheet.jpg", lambda temporary: sheet.save(temporary, quality=90))
     for split, cuts in sorted(splits.items()):
         people, frames = len({cut.pid for cut in cuts}), sum(len(cut.boxes) for cut in cuts)
         print(f"{split}: {len(cuts)} tracklets of {people} people, {frames} frames")
@@ -287,13 +286,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("sequences", type=Path, nargs="+", help="folders with img1/ and gt/gt.txt")
     parser.add_argument("--boxes", type=Path, help="of a single sequence; default: its gt/gt.txt")
-    parser.add_argument("--classes", type=int, nargs="+", default=[1], metavar="N", help="of a ground truth (1)")
     common_arguments(parser)
     args = parser.parse_args(argv)
     try:
         if args.boxes and len(args.sequences) > 1:
             raise ValueError("--boxes goes with a single sequence.")
-        make([Sequence(s, args.boxes, args.classes, args.confidence) for s in args.sequences], args)
+        make([Sequence(s.expanduser(), args.boxes, args) for s in args.sequences], args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
 

@@ -2,50 +2,50 @@
 
     python examples/tracklets_from_video.py door.mp4 door.csv --out people
 
-The CSV file has the columns frame,id,left,top,width,height, and may have confidence and visibility: one row a box, in
-pixels from the upper left corner, frames counted from --first-frame (0) in the order in which the video shows them.
+The CSV file has the columns frame,id,left,top,width,height (or right,bottom), and may have confidence, class and
+visibility: one row a box, in pixels from the upper left corner, frames counted from 0 in the order in which the video
+shows them. A text file of a tracker, as tracklets_from_mot.py reads it, will do as well; it counts frames from 1.
 Several cameras: video and boxes in turns, `door.mp4 door.csv hall.mp4 hall.csv --shared-ids --cameras 1`.
 
 It needs OpenCV: pip install temporal-agg[flow]. The rest is as in tracklets_from_mot.py, which lies beside this file.
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from tracklets_from_mot import Box, common_arguments, make
+from tracklets_from_mot import box_filters, common_arguments, make
+
+from temporal_agg.data.boxes import read_boxes
 
 try:
     import cv2
 except ImportError as error:
     raise SystemExit(f"tracklets_from_video.py: needs OpenCV ({error}): pip install temporal-agg[flow]") from error
 
-COLUMNS = ("frame", "id", "left", "top", "width", "height")
-
 
 class Video:
     """Frames by their numbers, and boxes."""
 
-    def __init__(self, file: Path, boxes: Path, first_frame: int, confidence: float):
+    def __init__(self, file: Path, boxes: Path, args: argparse.Namespace):
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}: expected a video.")
-        self.file, self.name, self.first = file, file.stem, first_frame
+        self.file, self.name = file, file.stem
         video = cv2.VideoCapture(str(file))
         ok, image = video.read()
         video.release()
         if not ok:
             raise OSError(f"OpenCV cannot read {file}: it is no video, or of a kind that this OpenCV does not know.")
         self.size = image.shape[1], image.shape[0]
-        self.boxes = list(read_boxes(boxes, confidence))
-        if not self.boxes:
-            raise ValueError(f"{boxes} has no box (of a confidence of at least {confidence}).")
-        self.span = first_frame, max(box.frame for box in self.boxes)
-        if min(box.frame for box in self.boxes) < first_frame:
-            raise ValueError(f"{boxes} has boxes before frame {first_frame}: pass --first-frame.")
+        self.found = read_boxes(boxes, args.columns, **box_filters(args))
+        self.first = self.found.first_frame if args.first_frame is None else args.first_frame
+        numbers = [box.frame for box in self.found.boxes]
+        self.span = self.first, max(numbers)
+        if min(numbers) < self.first:
+            raise ValueError(f"{boxes} has boxes before frame {self.first}: pass --first-frame.")
 
-    def frames(self, numbers: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int, Image.Image | OSError]]:
         # One after the other: to jump to a frame is off by some in many files.
         video = cv2.VideoCapture(str(self.file))
         at = self.first
@@ -55,30 +55,13 @@ class Video:
                     at += 1
                 ok, image = video.read()
                 if at < number or not ok:
-                    raise ValueError(f"{self.file} ends before frame {number}, which has boxes.")
+                    ended = OSError(f"{self.file} ends before frame {number}, which has boxes.")
+                    yield from ((later, ended) for later in numbers if later >= number)
+                    return
                 at += 1
                 yield number, Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
         finally:
             video.release()
-
-
-def read_boxes(file: Path, confidence: float) -> Iterator[Box]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: expected a CSV file with the columns {','.join(COLUMNS)}.")
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{file}: the first line should name the columns; missing {', '.join(missing)}.")
-        for row in reader:
-            try:
-                numbers = [float(row[column]) for column in COLUMNS]
-                sure, visibility = (float(row.get(column) or 1) for column in ("confidence", "visibility"))
-            except (TypeError, ValueError):
-                found = list(row.values())
-                raise ValueError(f"{file}, line {reader.line_num}: expected numbers, got {found}.") from None
-            if sure >= confidence and min(numbers[4:]) > 0:
-                yield Box(int(numbers[0]), int(numbers[1]), *numbers[2:], visibility)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
         description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", help="video and boxes, in turns")
-    parser.add_argument("--first-frame", type=int, default=0, help="the number of the video's first frame (0)")
+    parser.add_argument("--first-frame", type=int, help="the number of the video's first frame (CSV: 0, text: 1)")
     common_arguments(parser)
     args = parser.parse_args(argv)
     try:
         if len(args.files) % 2:
             raise ValueError(f"expected a video and its boxes, in turns, got {len(args.files)} files.")
         pairs = zip(args.files[::2], args.files[1::2], strict=True)
-        make([Video(video, boxes, args.first_frame, args.confidence) for video, boxes in pairs], args)
+        make([Video(video.expanduser(), boxes, args) for video, boxes in pairs], args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
 

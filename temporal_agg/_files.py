@@ -1,5 +1,6 @@
 """Files that other programs, editors and killed processes leave behind: written whole or not at all, read with care."""
 
+import glob
 import json
 import os
 import shutil
@@ -68,7 +69,8 @@ def replace_file(path: str | os.PathLike, write: Callable[[Path], object]) -> No
 
 
 def sweep(folder: str | os.PathLike, name: str = "*") -> None:
-    """Removes what killed processes left in ``folder`` while they wrote the file ``name`` there."""
+    """Removes what killed processes left in ``folder`` while they wrote the file ``name`` there (``*``: any file)."""
+    name = name if name == "*" else glob.escape(name)
     for left in Path(folder).glob(f".{name}.*.tmp"):
         if left.is_dir() and not left.is_symlink() and _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)

@@ -1,287 +1,61 @@
-"""The command ``temporal-agg``: folders of images -> embeddings -> ranked lists, without writing Python."""
+"""The command ``temporal-agg``: folders of images -> embeddings -> ranked lists and people, without writing Python."""
 
 import argparse
-import base64
 import csv
-import dataclasses
+import filecmp
 import fnmatch
-import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._files import replace_file
+from . import retrieval
+from ._embed import (
+    Finished,
+    Job,
+    Parts,
+    expanded,
+    find_tracklets,
+    prepare,
+    processes,
+    read_finished,
+    say,
+    stamp,
+)
+from ._embed import frames_key as frames_key
+from ._files import Busy, locked, replace_file, sweep
 from ._version import __version__
 from .aggregators import list_aggregators
+from .aggregators.registry import registry_entry
 from .data import Tracklet
-from .data.readers import IMAGE_SUFFIXES, NOT_DATA, frame_order, is_image
-from .inference import _bar, embed_tracklets
-from .models import TrackletModel, create_model, list_models
-from .retrieval import distances, rerank
+from .models import list_models
+from .retrieval.store import Embeddings, check_kind, merge_embeddings, read_embeddings, write_embeddings
 
-SAVE_EVERY = 10  # seconds, about
-QUERIES = 512  # that are compared with the gallery at once
-LAYOUT = re.compile(r"(?:.*/)?(-?\d+)/(-?\d+)_[^/]+")  # <pid>/<camera>_<tracklet>, as data.read_folder has it
+STDOUT = "the standard output"
+WAIT = 0.2  # seconds between two looks at a lock that another process of the same run has
+COSINE_THRESHOLD = 0.3  # of link
+CHECKED = 16  # rows of a gallery that are looked up in its index
+MEASURED = 1000  # rows that the recall of an index is measured with
 MODEL = "a directory of save_pretrained or recipes/train.py, hf-hub:<owner>/<repo>[@<revision>], or a released name"
+OutOfMemory = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError  # torch 2.0 has the latter only
 EPILOG = """\
 temporal-agg embed people -o people.npz --model runs/mine     # a tracklet is an innermost folder with images
 temporal-agg search people.npz gallery.npz -k 5               # who in the gallery looks most like each of them
-temporal-agg search new_person gallery.npz --format json      # a folder, embedded by the gallery's own model
+temporal-agg search new_person gallery.npz --threshold 0.3    # a folder, embedded by the gallery's own model
+temporal-agg link gallery.npz -o people.csv                   # tracklets -> people
+temporal-agg merge monday.npz tuesday.npz -o week.parquet
 temporal-agg list 'gltr_*'
 """
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tracklets and models
-
-
-def find_tracklets(folder: Path) -> tuple[list[Tracklet], bool]:
-    """The innermost folders that hold images, in natural order, and whether their names say identities and cameras.
-
-    They do if every one is named ``<pid>/<camera>_<tracklet>``, below whatever.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: expected a folder of tracklets, each a folder of images.")
-    found, above, empty = {}, {}, 0  # above: the real paths of a folder and of those that it lies in
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for path, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        real, outer = os.path.realpath(path), above.get(os.path.dirname(path), frozenset())
-        if real in outer:  # links can go round in circles
-            folders.clear()
-            continue
-        above[path] = outer | {real}
-        folders[:] = sorted((f for f in folders if not f.startswith(NOT_DATA)), key=frame_order)
-        if images := sorted(filter(is_image, files), key=frame_order):
-            found[Path(path)] = [os.path.join(path, image) for image in images]
-        elif files and not folders:
-            empty += 1
-    kinds = ", ".join(IMAGE_SUFFIXES)
-    if not found:
-        raise FileNotFoundError(
-            f"no image in {folder} or in any folder below it ({kinds}): a tracklet is a folder of images."
-        )
-    if empty:
-        say(f"left out {empty} folders that hold files, but no image ({kinds}).")
-    for outer in {parent for path in found for parent in path.parents} & set(found):
-        say(f"left out {len(found.pop(outer))} images in {outer}: they lie beside tracklets (a contact sheet?).")
-    names = [folder.resolve().name if p == folder else p.relative_to(folder).as_posix() for p in found]
-    parts = [LAYOUT.fullmatch(name) for name in names]
-    known = all(parts)
-    return [
-        Tracklet(images, *(map(int, part.groups()) if known else (0, -1)), name)
-        for images, part, name in zip(found.values(), parts, names, strict=True)
-    ], known
-
-
-def load_model(name: str, backbone_pretrained: bool) -> TrackletModel:
-    if os.path.isdir(name):
-        name = f"local-dir:{name}"
-    if name.startswith(("hf-hub:", "local-dir:")):
-        if backbone_pretrained:
-            raise ValueError(f"{name} comes with its own weights: leave --backbone-pretrained out.")
-        return create_model(name)
-    if not backbone_pretrained:
-        try:
-            return create_model(name, pretrained=True)
-        except (FileNotFoundError, ValueError) as error:
-            hint = "Here: --model <directory of a trained model>; for mean_* and max_* also --backbone-pretrained."
-            raise ValueError(f"{error} {hint}") from error
-    if any(True for _ in create_model(name).aggregator.parameters()):
-        raise ValueError(
-            f"the aggregator of {name} has weights of its own, which nobody has trained: --backbone-pretrained is for "
-            "mean_* and max_*. Train the model and pass its directory."
-        )
-    return create_model(name, backbone_pretrained=True)
-
-
-def settings_of(model: TrackletModel) -> dict:
-    """What the embeddings depend on, beside the frames."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = {
-        "aggregator": model.aggregator.config,
-        "clip": dataclasses.asdict(model.clip),
-        "encoder": model.encoder.config,
-        "input": model.data_config,
-        "temporal-agg": __version__,
-        "weights": digest.hexdigest()[:16],
-    }
-    return json.loads(json.dumps(settings, default=str))
-
-
-def fingerprint(settings: dict) -> str:
-    """Equal for models whose embeddings can be compared."""
-    compared = {key: value for key, value in settings.items() if key != "temporal-agg"}
-    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Embeddings and where they are kept
-
-
-class Embeddings(NamedTuple):
-    """What an npz file of ``temporal-agg embed`` holds."""
-
-    embeddings: Tensor  # float32 [N, D]
-    names: list[str]
-    pids: list[int] | None
-    cameras: list[int] | None
-    distance: str
-    model: str
-    backbone_pretrained: bool
-    fingerprint: str
-
-
-class Finished:
-    """The embeddings of finished tracklets: one line of JSON each, in a file beside the output.
-
-    A line is whole or it counts for nothing, so that a killed process loses only what it had not finished.
-    """
-
-    def __init__(self, path: Path | None, settings: dict, restart: bool):
-        self.rows: dict[tuple[str, str], Tensor] = {}
-        self.path = path
-        if path is None:
-            return
-        content = path.read_bytes() if path.is_file() else b""
-        try:
-            if content and not content.startswith(b"{"):
-                raise ValueError(f"it begins with {content[:10]!r}")
-            content = content[: content.rfind(b"\n") + 1]
-            before, *rows = (json.loads(line) for line in content.splitlines() or [b"null"])
-            if before is not None and "temporal-agg" not in before:
-                raise ValueError("it says nothing of temporal-agg")
-        except ValueError as error:  # of json and of decoding, too
-            raise ValueError(f"{path} is no file of temporal-agg, or it is damaged ({error}): remove it.") from error
-        if before:
-            changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-            if changed and not restart:
-                was = "; ".join(f"{k}: was {before.get(k)}, is {settings.get(k)}" for k in changed)
-                raise ValueError(
-                    f"{path} holds embeddings of an unfinished run with other settings ({was}). Repeat that run's "
-                    "command to finish it, choose another output, or pass --overwrite to start afresh."
-                )
-            if changed:
-                before, rows, content = None, [], b""
-        for row in rows:
-            embedding = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
-            self.rows[row["name"], row["frames"]] = torch.from_numpy(embedding.astype(np.float32))
-        with open(path, "ab") as file:
-            file.truncate(len(content))
-            if not before:
-                file.write(json.dumps(settings).encode() + b"\n")
-
-    def add(self, keys: Sequence[tuple[str, str]], embeddings: Tensor) -> None:
-        self.rows.update(zip(keys, embeddings, strict=True))
-        if self.path is not None:
-            rows = (
-                {"name": name, "frames": frames, "embedding": base64.b64encode(row.numpy().astype("<f4")).decode()}
-                for (name, frames), row in zip(keys, embeddings, strict=True)
-            )
-            with open(self.path, "ab") as file:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-
-
-def frames_key(tracklet: Tracklet) -> str:
-    """Changes with the names, sizes and times of a tracklet's files."""
-    digest = hashlib.sha256()
-    for frame in tracklet.frames:
-        status = os.stat(frame)
-        digest.update(os.fsencode(f"{os.path.basename(frame)} {status.st_size} {status.st_mtime_ns}\n"))
-    return digest.hexdigest()[:16]
-
-
-def embed_folder(folder: Path, model_name: str, args: argparse.Namespace, output: Path | None = None) -> Embeddings:
-    """Embeds the tracklets of a folder, and keeps those that are finished beside ``output`` if there is one."""
-    tracklets, known = find_tracklets(folder)
-    device = pick_device(args.device)
-    model = load_model(model_name, args.backbone_pretrained)
-    settings = settings_of(model)
-    kept = None if output is None else output.with_name(f"{output.name}.part")
-    finished = Finished(kept, settings, output is not None and args.overwrite)
-    keys = [(t.name, frames_key(t)) for t in tracklets]
-    missing = [i for i, key in enumerate(keys) if key not in finished.rows]
-    if len(missing) < len(tracklets):
-        say(f"{kept}: {len(tracklets) - len(missing)} of {len(tracklets)} tracklets are embedded already.")
-    with _bar(sum(len(tracklets[i]) for i in missing), True) as bar:
-        budget, done = args.frames_per_batch, 0  # frames between two times of saving
-        while done < len(missing):
-            group, frames = [], 0
-            while done < len(missing) and (not group or frames + len(tracklets[missing[done]]) <= budget):
-                group.append(missing[done])
-                frames += len(tracklets[missing[done]])
-                done += 1
-            start = time.monotonic()
-            embeddings = embed_tracklets(
-                model,
-                [tracklets[i] for i in group],
-                frames_per_batch=args.frames_per_batch,
-                device=device,
-                progress=False,
-                num_workers=args.workers,
-            )
-            finished.add([keys[i] for i in group], embeddings)
-            if bar is not None:
-                bar.update(frames)
-            speed = frames / max(time.monotonic() - start, 1e-3)
-            budget = max(args.frames_per_batch, int(SAVE_EVERY * speed))
-    directory = model_name.removeprefix("local-dir:")
-    return Embeddings(
-        torch.stack([finished.rows[key] for key in keys]),
-        [t.name for t in tracklets],
-        [t.pid for t in tracklets] if known else None,
-        [t.camera for t in tracklets] if known else None,
-        model.clip.distance,
-        os.path.abspath(directory) if os.path.isdir(directory) else model_name,
-        args.backbone_pretrained,
-        fingerprint(settings),
-    )
-
-
-def write_embeddings(path: Path, found: Embeddings) -> None:
-    arrays = {key: np.asarray(value) for key, value in found._asdict().items() if value is not None}
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # savez would add .npz to a name
-            np.savez(file, **arrays)
-
-    replace_file(path, write)
-
-
-def read_embeddings(path: Path) -> Embeddings:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected one that `temporal-agg embed` wrote.")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {key: stored[key].tolist() if key != "embeddings" else stored[key] for key in stored.files}
-        arrays["embeddings"] = torch.from_numpy(arrays["embeddings"])
-        return Embeddings(**{"pids": None, "cameras": None, **arrays})
-    except Exception as error:  # numpy, zipfile and zlib raise what they stumble over
-        raise ValueError(f"{path} is no file that `temporal-agg embed` wrote ({error}).") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,16 +63,77 @@ def read_embeddings(path: Path) -> Embeddings:
 
 
 def run_embed(args: argparse.Namespace) -> None:
-    output, part = args.output, args.output.with_name(f"{args.output.name}.part")
-    if output.suffix != ".npz":
-        raise ValueError(f"the output should be named *.npz, got {output}.")
-    if output.exists() and not part.exists() and not args.overwrite:
-        raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into: make it first.")
-    found = embed_folder(args.folder, args.model, args, output)
-    write_embeddings(output, found)
-    part.unlink()
+    output, (rank, world) = args.output, processes()
+    parts, before = Parts(output, rank, world), stamp(output)
+    check_kind(output)
+    check_folder(output)
+    check_output(output, args.overwrite or args.append or bool(parts.all()))
+    with parts.locked(parts.own):
+        parts.refuse_others()
+        job = prepare(args.folder, args.model, args)
+        finished = Finished(parts.own, job.settings, args.overwrite)
+        done = read_finished(parts.all(), job.settings, args.overwrite)
+        gallery = read_embeddings(output) if args.append and output.is_file() else None
+        new = range(len(job.keys)) if gallery is None else not_in(gallery, job, output)
+        missing = [i for i in new if job.keys[i] not in done]
+        if len(missing) < len(new):
+            say(f"{parts.own}: {len(new) - len(missing)} of {len(new)} tracklets are embedded already.")
+        if not joined(output, before, job):
+            job.embed([i for i in missing if i % world == rank], finished, args.frames_per_batch)
+        join(parts, before, job, gallery, new, args)
+
+
+def not_in(gallery: Embeddings, job: Job, output: Path) -> list[int]:
+    """The tracklets that a gallery has not got yet."""
+    check_comparable(output, gallery, "the model", job.source, job.fingerprint)
+    have = dict(zip(gallery.names, gallery.frames or [""] * len(gallery.names), strict=True))
+    for name, frames in job.keys:
+        if have.get(name, frames) != frames:
+            raise ValueError(
+                f"{output} has a tracklet {name!r} already, of other files or of unknown ones: rename the folder, or "
+                "embed everything again with --overwrite."
+            )
+    return [i for i, (name, _) in enumerate(job.keys) if name not in have]
+
+
+def joined(output: Path, before: tuple[int, int] | None, job: Job) -> bool:
+    """Whether another process of the same run has written the output since this one began."""
+    if stamp(output) in (before, None):
+        return False
+    found = read_embeddings(output)
+    return job.fingerprint == found.fingerprint and set(job.keys) <= set(
+        zip(found.names, found.frames or (), strict=False)
+    )
+
+
+def join(
+    parts: Parts, before: Any, job: Job, gallery: Embeddings | None, new: Sequence[int], args: argparse.Namespace
+) -> None:
+    """Makes one file of what all processes have finished, if nothing is missing: whoever ends last does it."""
+    output = parts.output
+    while True:
+        try:
+            with locked(output.with_name(f".{output.name}.lock"), str(output)):
+                if joined(output, before, job):
+                    parts.own.unlink(missing_ok=True)
+                    say(f"{output} has been written by another process.")
+                    return
+                if stamp(output) != before and not args.overwrite:
+                    raise FileExistsError(f"{output} has changed meanwhile: move it away and repeat the command.")
+                rows = read_finished(parts.all(), job.settings, args.overwrite)
+                if missing := sum(job.keys[i] not in rows for i in new):
+                    say(
+                        f"process {parts.rank} of {parts.world} has finished its share. {missing} tracklets are "
+                        f"missing yet: the process that finishes last writes {output}."
+                    )
+                    return
+                both = gallery, job.collect(rows, new) if new else None
+                found = merge_embeddings(*(part for part in both if part is not None))
+                write_embeddings(output, found)
+                parts.remove()
+                break
+        except Busy:
+            time.sleep(WAIT)
     labels = "with identities and cameras" if found.pids else "without identities"
     say(f"{output}: {len(found.names)} embeddings of {found.embeddings.shape[1]} numbers, {labels}.")
 
@@ -306,85 +141,236 @@ def run_embed(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     if args.k < 1:
         raise ValueError(f"-k must be at least 1, got {args.k}.")
-    if args.output is not None and args.output.exists() and args.output.samefile(args.gallery):
-        raise ValueError(f"the output {args.output} is the gallery: choose another name.")
+    if args.threshold is not None and math.isnan(args.threshold):
+        raise ValueError("--threshold must be a number, got nan.")
+    if args.index is not None and args.rerank:
+        raise ValueError("--rerank compares everything with everything: leave --index out.")
+    check_output(args.output, args.overwrite, args.query, args.gallery, args.index, args.model)
     gallery = read_embeddings(args.gallery)
+    index = None if args.index is None else read_index(args.index, gallery, args.gallery)
     if args.query.is_dir():
         args.backbone_pretrained |= not args.model and gallery.backbone_pretrained
-        query = embed_folder(args.query, args.model or gallery.model, args)
+        if not args.model and os.path.isabs(gallery.model) and not os.path.isdir(gallery.model):
+            raise FileNotFoundError(f"the gallery's model was {gallery.model}, which is not there: pass --model.")
+        job = prepare(args.query, args.model or gallery.model, args)
+        finished, everything = Finished(None, {}, False), range(len(job.keys))
+        check_comparable(args.gallery, gallery, args.query, job.source, job.fingerprint)
+        job.embed(everything, finished, args.frames_per_batch)
+        query = job.collect(finished.rows, everything)
     else:
         query = read_embeddings(args.query)
-    if query.fingerprint != gallery.fingerprint:
-        raise ValueError(
-            f"{args.query} was embedded by {query.model} ({query.fingerprint}), {args.gallery} by {gallery.model} "
-            f"({gallery.fingerprint}): embeddings of different models cannot be compared. Embed one of them again."
-        )
-    same = args.query.is_file() and args.query.samefile(args.gallery)
-    found = list(ranked(query, gallery, args.k, args.rerank, same))
-    if args.output is None:
-        show(found, args.format, sys.stdout)
-    else:
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                show(found, args.format, file)
-
-        replace_file(args.output, write)
+        check_comparable(args.gallery, gallery, args.query, query.model, query.fingerprint)
+    same = args.query.is_file() and (
+        args.query.samefile(args.gallery)
+        or (query.names == gallery.names and torch.equal(query.embeddings, gallery.embeddings))
+    )
+    found = ranked(query, gallery, args.k, args.rerank, same, index, args.candidates)
+    if args.threshold is not None:
+        found = identified(found, args.threshold)
+    labelled = bool(query.pids and gallery.pids)
+    put(args.output, args.overwrite, lambda file: show(found, args.format, file, labelled))
 
 
-def ranked(query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, same: bool) -> Iterator[dict]:
-    """For each query its k nearest; where both are the same file, no tracklet is its own match."""
-    queries, others = query.embeddings, gallery.embeddings
-    if use_rerank:
-        if gallery.distance == "cosine":
-            queries, others = F.normalize(queries), F.normalize(others)
-        blocks = rerank(queries, others).split(QUERIES)
-    else:
-        blocks = (distances(rows, others, gallery.distance) for rows in queries.split(QUERIES))
-    for i, row in enumerate(row for block in blocks for row in block):
-        order = [j for j in row.argsort(stable=True)[: k + same].tolist() if not (same and i == j)][:k]
-        matches = [{"rank": n, "name": gallery.names[j], "distance": float(row[j])} for n, j in enumerate(order, 1)]
-        result = {"query": query.names[i], "matches": matches}
+def ranked(
+    query: Embeddings,
+    gallery: Embeddings,
+    k: int,
+    use_rerank: bool,
+    same: bool,
+    index: Any = None,
+    candidates: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """For each query its k nearest; where both are the same file, no tracklet is its own match.
+
+    Args:
+        index: a FAISS index of the gallery to search in.
+        candidates: re-rank so many of the nearest, and nothing else.
+    """
+    rows, columns = nearest(query, gallery, k, use_rerank, same, index, candidates)
+    for i, (values, places) in enumerate(zip(rows, columns, strict=True)):
+        pairs = [(float(d), j) for d, j in zip(values.tolist(), places.tolist(), strict=True) if j >= 0]
+        pairs = [(d, j) for d, j in pairs if not (same and i == j)][:k]
+        matches = [{"rank": n, "name": gallery.names[j], "distance": d} for n, (d, j) in enumerate(pairs, 1)]
+        result: dict[str, Any] = {"query": query.names[i], "matches": matches}
         if query.pids and gallery.pids:
             result["pid"] = query.pids[i]
-            for match, j in zip(matches, order, strict=True):
+            for match, (_, j) in zip(matches, pairs, strict=True):
                 match["pid"] = gallery.pids[j]
         yield result
 
 
-def show(found: list[dict], style: str, file) -> None:
-    if style == "json":
-        json.dump(found, file, indent=1)
-        file.write("\n")
-        return
-    labelled = "pid" in found[0]
-    if style == "csv":
-        writer = csv.writer(file)
-        labels = ["query_pid", "gallery_pid"] if labelled else []
-        writer.writerow(["query", "rank", "gallery", "distance", *labels])
-        for result in found:
-            for m in result["matches"]:
-                labels = [result["pid"], m["pid"]] if labelled else []
-                writer.writerow([result["query"], m["rank"], m["name"], f"{m['distance']:.6f}", *labels])
-        return
+def nearest(
+    query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, same: bool, index: Any, candidates: int | None
+) -> tuple[Tensor, Tensor]:
+    """The distances to the nearest and their places, -1 = none; each query's own place may be among k + 1."""
+    queries, others = query.embeddings, gallery.embeddings
+    if index is not None:
+        return retrieval.search_index(index, queries, k + same)
+    if not use_rerank:
+        own = torch.arange(len(queries)) if same else None
+        return retrieval.search(queries, others, k, gallery.distance, exclude=own)
+    if gallery.distance == "cosine":
+        queries, others = F.normalize(queries), F.normalize(others)
+    if candidates is not None:
+        return retrieval.rerank(queries, others, candidates=max(candidates, k + same))
+    return retrieval.rerank(queries, others).topk(min(k + same, len(others)), largest=False)
+
+
+def identified(found: Iterable[dict[str, Any]], threshold: float) -> Iterator[dict[str, Any]]:
+    """Keeps the matches that are nearer than a threshold; a query without any is unknown."""
     for result in found:
-        print(result["query"], file=file)
+        near = [match for match in result["matches"] if match["distance"] < threshold]
+        unknown = {} if near else {"unknown": True, "nearest": next(iter(result["matches"]), None)}
+        yield {**result, "matches": near, **unknown}
+
+
+def show(found: Iterable[dict[str, Any]], style: str, file: IO[str], labelled: bool) -> None:
+    {"json": show_json, "csv": show_csv, "table": show_table}[style](found, file, labelled)
+
+
+def show_json(found: Iterable[dict[str, Any]], file: IO[str], labelled: bool) -> None:
+    for i, result in enumerate(found):
+        file.write(("," if i else "[") + "\n " + json.dumps(result, allow_nan=False))
+    file.write("\n]\n")
+
+
+def show_csv(found: Iterable[dict[str, Any]], file: IO[str], labelled: bool) -> None:
+    writer = csv.writer(file)
+    writer.writerow(["query", "rank", "gallery", "distance", *(["query_pid", "gallery_pid"] if labelled else [])])
+    for result in found:
         for m in result["matches"]:
-            mark = "  *" if labelled and m["pid"] == result["pid"] else ""
-            print(f"{m['rank']:5d}  {m['distance']:8.4f}  {m['name']}{mark}", file=file)
+            labels = [result["pid"], m["pid"]] if labelled else []
+            writer.writerow([result["query"], m["rank"], m["name"], f"{m['distance']:.6f}", *labels])
+        if result.get("unknown"):  # rank 0 tells it from a folder of that name
+            distance = f"{result['nearest']['distance']:.6f}" if result["nearest"] else ""
+            writer.writerow([result["query"], 0, "unknown", distance, *([result["pid"], ""] if labelled else [])])
+
+
+def show_table(found: Iterable[dict[str, Any]], file: IO[str], labelled: bool) -> None:
+    for result in found:
+        print(printable(result["query"]), file=file)
+        for m in result["matches"]:
+            mark = "  *" if labelled and m["pid"] == result["pid"] >= 0 else ""
+            print(f"{m['rank']:5d}  {m['distance']:8.4f}  {printable(m['name'])}{mark}", file=file)
+        if result.get("unknown"):
+            near = result["nearest"]
+            what = f" (the nearest: {printable(near['name'])}, {near['distance']:.4f})" if near else ""
+            print(f"    -            unknown{what}", file=file)
     if labelled:
         print("* the same identity, by the folders' names", file=file)
+
+
+def printable(name: str) -> str:
+    """A name without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def run_index(args: argparse.Namespace) -> None:
+    check_output(args.output, args.overwrite, args.gallery)
+    gallery = read_embeddings(args.gallery)
+    index = retrieval.faiss_index(gallery.embeddings, gallery.distance, args.kind)
+    rows = torch.linspace(0, len(gallery.names) - 1, min(MEASURED, len(gallery.names))).long().unique()
+    queries, k = gallery.embeddings[rows], min(10, len(gallery.names))
+    exact = retrieval.search(queries, gallery.embeddings, k, gallery.distance).indices
+    got = retrieval.search_index(index, queries, k).indices
+    recall = (exact[:, :, None] == got[:, None]).any(2).float().mean()
+    retrieval.save_index(index, args.output)
+    say(f"{args.output}: {len(gallery.names)} tracklets; of the {k} nearest of {len(rows)} it finds {recall:.1%}.")
+
+
+def read_index(path: Path, gallery: Embeddings, gallery_path: Path) -> Any:
+    """A FAISS index, after a check that it is one of this gallery."""
+    index = retrieval.load_index(path)
+    have, want = (index.ntotal, index.d), tuple(gallery.embeddings.shape)
+    if have == want:
+        rows = torch.linspace(0, want[0] - 1, min(CHECKED, want[0])).long()
+        queries = gallery.embeddings[rows]
+        got, places = retrieval.search_index(index, queries, min(5, want[0]))
+        true = retrieval.distances(queries, gallery.embeddings, gallery.distance).gather(1, places.clamp(min=0))
+        known = places >= 0
+        if known.any() and (got - true)[known].abs().mean() <= 0.2 * true[known].abs().mean() + 1e-3:
+            return index
+    raise ValueError(
+        f"{path} is no index of {gallery_path}: it has {have[0]} rows of {have[1]} numbers, and the gallery {want[0]} "
+        f"of {want[1]}, or others. Make it again: temporal-agg index {gallery_path} -o {path}."
+    )
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    check_kind(args.output)
+    check_output(args.output, args.overwrite, *args.files)
+    parts = [read_embeddings(path) for path in args.files]
+    for path, part in zip(args.files, parts, strict=True):
+        check_comparable(args.files[0], parts[0], path, part.model, part.fingerprint)
+    found = merge_embeddings(*parts)
+    if args.overwrite:
+        write_embeddings(args.output, found)
+    else:
+        save(args.output, False, lambda temporary: write_embeddings(temporary, found))
+    say(f"{args.output}: {len(found.names)} embeddings of {len(parts)} files.")
+
+
+def run_link(args: argparse.Namespace) -> None:
+    if args.sheet is not None and not args.folder:
+        raise ValueError("--sheet shows the frames: pass --folder, the folder that was embedded.")
+    check_folder(args.sheet)
+    check_output(args.output, args.overwrite, args.gallery, *args.folder)
+    gallery = read_embeddings(args.gallery)
+    threshold = args.threshold
+    if threshold is None and gallery.distance != "cosine":
+        raise ValueError(f"--threshold has no default for the distance of this model ({gallery.distance}): pass one.")
+    threshold = COSINE_THRESHOLD if threshold is None else threshold
+    times: dict[str, Any] = {}
+    if args.numbers_are_times:
+        if not gallery.start or min(gallery.start) < 0:
+            raise ValueError(
+                f"{args.gallery} does not know the number of every tracklet's first frame: embed it again."
+            )
+        times = {"start": gallery.start, "end": gallery.end}
+    people = retrieval.link(
+        gallery.embeddings, threshold, metric=gallery.distance, cameras=gallery.cameras, **times
+    ).tolist()
+    if args.sheet is not None:
+        tracklets = tracklets_named(gallery.names, args.folder)
+        save(args.sheet, args.overwrite, lambda temporary: retrieval.contact_sheet(temporary, tracklets, people))
+
+    def write(file: IO[str]) -> None:
+        labels = {"pid": gallery.pids, "camera": gallery.cameras}
+        columns = {"name": gallery.names, "person": people, **{key: x for key, x in labels.items() if x}}
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+    put(args.output, args.overwrite, write)
+    quality = ""
+    if gallery.pids:
+        precision, recall, _ = retrieval.bcubed(people, gallery.pids)
+        quality = f"; by the folders' names B-cubed precision {precision:.3f}, recall {recall:.3f}"
+    say(f"{len(people)} tracklets, {len(set(people))} people at a threshold of {threshold:g}{quality}.")
+
+
+def tracklets_named(names: Sequence[str], folders: Sequence[Path]) -> list[Tracklet]:
+    found = {t.name: t for folder in folders for t in find_tracklets(folder)[0]}
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"no tracklet {missing[0]!r} in {', '.join(map(str, folders))} ({len(missing)} are missing): pass the "
+            "folder that was embedded."
+        )
+    return [found[name] for name in names]
 
 
 def run_list(args: argparse.Namespace) -> None:
     models = list_models(args.pattern, pretrained=args.pretrained)
     aggregators = [] if args.pretrained else fnmatch.filter(list_aggregators(), args.pattern)
-    if aggregators:
-        print("Aggregators; each goes before any timm model, as <aggregator>_<timm model>:")
-        print("".join(f"  {name}\n" for name in aggregators), end="")
-    if models:
-        print("Released weights:" if args.pretrained else "Models that are tested:")
-        print("".join(f"  {name}\n" for name in models), end="")
+    with printing() as file:
+        if aggregators:
+            print("Aggregators; each goes before any timm model, as <aggregator>_<timm model>:", file=file)
+        for name in aggregators:
+            paper = registry_entry(name).paper
+            print(f"  {name:16}  {paper.title} ({paper.venue} {paper.year})" if paper else f"  {name}", file=file)
+        if models:
+            print("Released weights:" if args.pretrained else "Models that are tested:", file=file)
+            print("".join(f"  {name}\n" for name in models), end="", file=file)
     if not models and not aggregators:
         if args.pretrained and not list_models(pretrained=True):
             raise ValueError("no released weights yet.")
@@ -392,36 +378,107 @@ def run_list(args: argparse.Namespace) -> None:
         raise ValueError(f"no {what} of a name like {args.pattern!r}.")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read and written
+
+
+def check_comparable(gallery_path: Path, gallery: Embeddings, what: object, model: str, mark: str) -> None:
+    if mark != gallery.fingerprint:
+        raise ValueError(
+            f"{what} was embedded by {model} ({mark}), {gallery_path} by {gallery.model} ({gallery.fingerprint}): "
+            "embeddings of different models cannot be compared. Embed one of them again."
+        )
+
+
+def check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into: make it first.")
+    if output is not None and output.exists() and not output.is_file():
+        raise ValueError(f"{output} is there and no file: choose another name.")
+
+
+def check_output(output: Path | None, overwrite: bool, *inputs: Path | str | None) -> None:
+    """Raises if a file would be lost: an input whatever was said, any other one unless ``overwrite``."""
+    if output is None:
+        return
+    check_folder(output)
+    if output.exists():
+        for source in filter(None, inputs):
+            path = Path(expanded(str(source)).removeprefix("local-dir:"))
+            if path.exists() and (output.samefile(path) or path.resolve() in output.resolve().parents):
+                raise ValueError(f"the output {output} is an input, or part of one ({source}): choose another name.")
+        if not overwrite:
+            raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
+    sweep(output.parent, output.name)
+
+
+def save(path: Path, overwrite: bool, write: Callable[[Path], object]) -> None:
+    """Puts a file into its place; another one that is there stays, unless ``overwrite``."""
+
+    def write_and_compare(temporary: Path) -> None:
+        write(temporary)
+        if path.exists() and not overwrite and not filecmp.cmp(temporary, path, shallow=False):
+            raise ValueError(f"{path} is there already: choose another name, or pass --overwrite.")
+
+    replace_file(path, write_and_compare)
+
+
+def put(output: Path | None, overwrite: bool, write: Callable[[IO[str]], object]) -> None:
+    """Writes text into a file, UTF-8, or on the screen; a name that is no text comes with backslashes."""
+    if output is None:
+        with printing() as file:
+            write(file)
+        return
+
+    def write_text(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            write(file)
+
+    save(output, overwrite, write_text)
+
+
+@contextmanager
+def printing() -> Iterator[IO[str]]:
+    """The standard output, which takes every name: what its encoding has not got comes with backslashes."""
+    file = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (None: closed, or no console)
+    errors, change = file.errors, getattr(file, "reconfigure", None)
+    if change is not None:
+        change(errors="backslashreplace")
+    try:
+        yield file
+        file.flush()
+    except OSError as error:
+        if error.filename is None and not isinstance(error, BrokenPipeError):
+            error.filename = STDOUT
+        raise
+    finally:
+        if change is not None:
+            with suppress(OSError):
+                change(errors=errors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "temporal-agg", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"temporal-agg {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,search,list}")
-
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,search,link,merge,index,list}")
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--backbone-pretrained", action="store_true", help="timm's weights; mean_* and max_* only")
     running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     running.add_argument("--frames-per-batch", type=int, default=256, help="bounds memory (256)")
     running.add_argument("--workers", type=int, help="processes that read images; default: by the number of cores")
-
-    embed = commands.add_parser("embed", parents=[running], help="a folder of tracklets -> an npz file of embeddings")
-    embed.add_argument("folder", type=Path, help="its innermost folders with images are the tracklets")
-    embed.add_argument("-o", "--output", type=Path, required=True, help="*.npz; *.npz.part keeps what is finished")
-    embed.add_argument("--model", required=True, help=MODEL)
-    embed.add_argument("--overwrite", action="store_true", help="replace an output, or an unfinished run of another")
-    embed.set_defaults(run=run_embed)
-
-    search = commands.add_parser("search", parents=[running], help="the nearest tracklets of a gallery")
-    search.add_argument("query", type=Path, help="an npz file, or a folder as for embed")
-    search.add_argument("gallery", type=Path, help="an npz file")
-    search.add_argument("-k", type=int, default=10, help="how many (10)")
-    search.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking, over all queries together")
-    search.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    search.add_argument("-o", "--output", type=Path, help="a file; default: the screen")
-    search.add_argument("--model", help=f"for a folder: {MODEL}; default: the gallery's")
-    search.set_defaults(run=run_search)
-
+    running.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    running.add_argument("--reject-outliers", action="store_true", help="leave out frames that show somebody else")
+    add_embed(commands, running)
+    add_search(commands, running)
+    add_link(commands)
+    add_merge(commands)
+    add_index(commands)
     names = commands.add_parser("list", help="names of models and aggregators")
     names.add_argument("pattern", nargs="?", default="*", help="such as 'gltr_*'")
     names.add_argument("--pretrained", action="store_true", help="only released weights")
@@ -429,23 +486,99 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_embed(commands: Any, running: argparse.ArgumentParser) -> None:
+    embed = commands.add_parser("embed", parents=[running], help="a folder of tracklets -> a file of embeddings")
+    embed.add_argument("folder", type=place, help="its innermost folders with images are the tracklets")
+    embed.add_argument("-o", "--output", type=place, required=True, help="*.npz or *.parquet; .part: what is finished")
+    embed.add_argument("--model", required=True, help=MODEL)
+    either = embed.add_mutually_exclusive_group()
+    either.add_argument("--overwrite", action="store_true", help="replace an output, or an unfinished run of another")
+    either.add_argument("--append", action="store_true", help="add the tracklets that the output has not got yet")
+    embed.set_defaults(run=run_embed)
+
+
+def add_search(commands: Any, running: argparse.ArgumentParser) -> None:
+    search = commands.add_parser("search", parents=[running], help="the nearest tracklets of a gallery")
+    search.add_argument("query", type=place, help="a file of embeddings, or a folder as for embed")
+    search.add_argument("gallery", type=place, help="a file of embeddings")
+    search.add_argument("-k", type=int, default=10, help="how many (10)")
+    search.add_argument("--threshold", type=float, help="only what is nearer; a query without a match is 'unknown'")
+    search.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking, over all queries together")
+    search.add_argument("--candidates", type=int, help="re-rank so many of the nearest (default: the whole gallery)")
+    search.add_argument("--index", type=place, help="a FAISS index of the gallery, which is then not scanned")
+    search.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    search.add_argument("-o", "--output", type=place, help="a file; default: the screen")
+    search.add_argument("--overwrite", action="store_true", help="replace the output")
+    search.add_argument("--model", help=f"for a folder: {MODEL}; default: the gallery's")
+    search.set_defaults(run=run_search)
+
+
+def add_link(commands: Any) -> None:
+    link = commands.add_parser("link", help="tracklets -> people: which of them are one person")
+    link.add_argument("gallery", type=place, help="a file of embeddings")
+    link.add_argument("-o", "--output", type=place, required=True, help="*.csv")
+    link.add_argument("--threshold", type=float, help=f"mean distance within a person (cosine: {COSINE_THRESHOLD})")
+    link.add_argument(
+        "--numbers-are-times",
+        action="store_true",
+        help="the numbers in the frames' names are times: who is seen twice at once in a camera is two people",
+    )
+    link.add_argument("--sheet", type=place, help="*.html: a page on which to look at the people")
+    link.add_argument("--folder", type=place, action="append", default=[], help="for --sheet: what was embedded")
+    link.add_argument("--overwrite", action="store_true", help="replace the output and the page")
+    link.set_defaults(run=run_link)
+
+
+def add_merge(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="files of embeddings -> one")
+    merge.add_argument("files", type=place, nargs="+", help="of one model, the names unique")
+    merge.add_argument("-o", "--output", type=place, required=True, help="*.npz or *.parquet")
+    merge.add_argument("--overwrite", action="store_true", help="replace the output")
+    merge.set_defaults(run=run_merge)
+
+
+def add_index(commands: Any) -> None:
+    index = commands.add_parser("index", help="a FAISS index of a gallery, for search --index")
+    index.add_argument("gallery", type=place, help="a file of embeddings")
+    index.add_argument("-o", "--output", type=place, required=True, help="*.faiss")
+    index.add_argument("--kind", choices=("flat", "hnsw", "ivf"), default="flat", help="flat is exact (flat)")
+    index.add_argument("--overwrite", action="store_true", help="replace the output")
+    index.set_defaults(run=run_index)
+
+
+def place(text: str) -> Path:
+    """A path from the command line; ``~`` is expanded where the shell did not."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(os.path.expanduser(text))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 after a message on stderr (a wrong usage exits with 2, Ctrl-C returns 130)."""
     args = parse(argv)
     try:
         args.run(args)
-        sys.stdout.flush()
         return 0
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
         return 1
     except KeyboardInterrupt:
         say("stopped" + ("; the same command goes on where it was." if args.command == "embed" else "."))
         return 130
-    except torch.OutOfMemoryError:
+    except OutOfMemory:
         say("error: out of GPU memory: pass a smaller --frames-per-batch.")
         return 1
+    except MemoryError:
+        say("error: out of memory.")
+        return 1
+    except RuntimeError as error:  # torch has no other kinds
+        if not re.search("DataLoader worker|DefaultCPUAllocator|shared memory", str(error)):
+            raise
+        say(f"error: {error} Pass --workers 0, or a smaller --frames-per-batch.")
+        return 1
     except (ImportError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename == STDOUT:
+            silence()
         text = str(error)
         if "Original Traceback" in text:  # from a process that reads images
             text = text.strip().splitlines()[-1].partition(": ")[2]
@@ -453,8 +586,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def say(text: str) -> None:
-    print(f"temporal-agg: {text}", file=sys.stderr)
+def silence() -> None:
+    """What is left in the standard output's buffer goes nowhere, and so raises nothing at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

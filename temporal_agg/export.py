@@ -13,7 +13,7 @@ from ._version import __version__
 from .aggregators import Aggregator
 from .aggregators.registry import registry_entry
 from .models import TrackletModel
-from .models.hub import describe
+from .models.config import describe
 
 __all__ = ["export_onnx"]
 

@@ -1,28 +1,61 @@
 """Whole tracklets of any length -> one embedding each."""
 
-import multiprocessing
+import logging
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from itertools import groupby
-from traceback import clear_frames
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .aggregators import ClipConfig
-from .data import ClipTransform, Tracklet, check_flow, cut_tracklet
+from .data import ClipConfig, ClipTransform, Tracklet, check_flow
 
 if TYPE_CHECKING:
+    from .aggregators import Aggregator
     from .models import TrackletModel
 
-__all__ = ["embed_tracklets"]
+__all__ = ["FrameRunner", "Precision", "allowed_cores", "embed_tracklets", "fastest_memory_format"]
 
-DECODE = 32  # frames that a worker hands over at once
+Precision = Literal["float32", "bfloat16", "float16"]
+Part = TypeVar("Part")
+
+CPU = torch.device("cpu")
+DECODE = 32  # frames that a thread reads in one go
+CPU_PASS = 8  # frames in one pass of a backbone on a CPU, or as many as torch has threads
 FLUSH = 16  # aggregator calls between two waits for the device
+LONG_RUN = 10  # seconds: runs that take longer say where the time went
+
+_logger = logging.getLogger(__name__)
+
+if not hasattr(ClipTransform, "for_model"):  # TO DELETE AT MERGE: the data owner's ClipTransform has all of it
+
+    class ClipTransform(ClipTransform):  # type: ignore[no-redef]
+        @classmethod
+        def for_model(cls, model):
+            c = model.data_config
+            return cls(c["input_size"][1:], c["mean"], c["std"], c["interpolation"])
+
+        def resize(self, frames):
+            from torchvision.transforms.v2 import functional as F
+
+            return torch.stack(
+                [F.resize(f, self.resized, interpolation=self.interpolation, antialias=True) for f in frames]
+            )
+
+        def resize_flow(self, flow):
+            return torch.stack([self._resize_flow(f) for f in flow])
+
+        def normalize(self, x):
+            return x.float().sub_(self.mean.float().to(x.device)).div_(self.std.float().to(x.device))
 
 
 def embed_tracklets(
@@ -30,6 +63,7 @@ def embed_tracklets(
     tracklets: Sequence[Tracklet],
     *,
     frames_per_batch: int = 256,
+    precision: Precision = "float32",
     device: str | torch.device | None = None,
     progress: bool = True,
     num_workers: int | None = None,
@@ -39,62 +73,196 @@ def embed_tracklets(
     A tracklet's embedding is the mean of its clips' embeddings, not normalised before. Every frame that a clip needs is
     read and passes the backbone once, also where clips overlap; batches are filled across tracklets; features are kept
     only until the last clip that needs them. A clip of more than ``frames_per_batch`` frames, as a whole tracklet can
-    be, goes through ``aggregator.stream`` where there is one (:meth:`GSTA.stream`): its maps are then never all there.
-    Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without gradients,
-    and gets back the mode that it had. Mixed precision is the caller's: wrap the call in ``torch.autocast``.
+    be, is handed to the aggregator piece by piece where it can take that (``supports_streaming``): its features are
+    then never all there.
+
+    Threads read the frames ahead, while the backbone runs; they start no process and use no shared memory. Frames travel
+    as bytes and are normalised on the device, in the memory format that is fastest for the backbone; the weights are not
+    touched. Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without
+    gradients, and gets back the mode that it had. A run of more than 10 seconds logs, at the level INFO, how many frames
+    a second it made and how much of the time it waited for frames.
 
     Args:
         model: turns clips into embeddings.
-        tracklets: what to embed, each with ``len()``, ``name`` and ``load()`` (and ``load_flow()``).
-        frames_per_batch: frames in one pass of the backbone, and at most (one clip at least) of the aggregator. It
-            bounds memory and does not change the result.
+        tracklets: what to embed, each with ``len()``, ``name`` and ``load()`` (and ``load_flow()``), which are called
+            from several threads at once unless ``num_workers`` is 0.
+        frames_per_batch: frames in one pass of the backbone and of the aggregator (of which one clip is the least), at
+            most. On a CPU the backbone's passes are smaller still, because that is faster there. It bounds memory and
+            does not change the result.
+        precision: what the model computes in: ``bfloat16`` and ``float16`` by autocast. ``float32`` leaves an autocast
+            around the call in force.
         device: moves the model there first; None = where it is.
         progress: shows a bar on a terminal if tqdm is installed.
-        num_workers: processes that read frames; 0 = none but this one. None = up to 8, a quarter of the cores for a
-            model that runs on the CPU itself, and 0 where Python does not fork (more would need a script with a
-            ``__main__`` guard).
+        num_workers: threads that read frames; 0 = none but the caller's. None = as many as the process may use cores,
+            up to 8.
 
     Returns:
         float32 ``[N, D]`` on the CPU, in the order of the tracklets.
 
     Raises:
-        ValueError: no tracklet, a tracklet without a frame, or ``frames_per_batch`` below 1.
+        TypeError: no :class:`TrackletModel`.
+        ValueError: no tracklet, a tracklet without a frame, ``frames_per_batch`` below 1, or an unknown precision.
         FlowError: a tracklet without optical flow, and an encoder that takes it.
     """
     if not len(tracklets):
         raise ValueError("tracklets is empty: there is nothing to embed.")
-    if frames_per_batch < 1:
-        raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
-    flow = getattr(model.encoder, "uses_flow", False)
-    if flow:
+    runner = FrameRunner(model, frames_per_batch=frames_per_batch, precision=precision)
+    model = runner.model
+    if runner.uses_flow:
         check_flow(tracklets)
-    plan = _plan(tracklets, model.clip, frames_per_batch)
-    if device is not None:
-        model.to(device)
-    device = next(model.parameters()).device
-    if num_workers is None:
-        cores = os.cpu_count() or 1
-        forks = multiprocessing.get_start_method() == "fork"
-        num_workers = min(8, cores // 4 if device.type == "cpu" else cores) if forks else 0
-    loader = DataLoader(
-        _Frames(tracklets, plan, model.data_config, frames_per_batch, flow),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the loader seeds its workers: not from the global generator
+    with CPU:  # whatever the caller's default device is
+        plan = _plan(tracklets, model.clip, frames_per_batch)
+    runner.to(device)
+    out = torch.zeros(len(tracklets), model.num_features, dtype=torch.float32, device=CPU)
+    reader = _Reader(tracklets, plan, runner, min(8, allowed_cores()) if num_workers is None else num_workers)
+    start = time.perf_counter()
+    with runner.running(), _bar(len(plan.frames), progress) as bar, closing(reader.batches(bar)) as batches:
+        _embed(model, plan.calls, _Features(runner, batches), out, frames_per_batch)
+    seconds = time.perf_counter() - start
+    _logger.log(
+        logging.INFO if seconds > LONG_RUN else logging.DEBUG,
+        "embedded %d tracklets of %d frames in %.1f s: %.1f frames/s, %.0f %% of the time spent waiting for frames to be "
+        "decoded",
+        len(tracklets),
+        len(plan.frames),
+        seconds,
+        len(plan.frames) / seconds,
+        100 * reader.waited / seconds,
     )
-
-    modes = [(module, module.training) for module in model.modules()]
-    out = torch.zeros(len(tracklets), model.num_features)
-    model.eval()
-    try:
-        with torch.inference_mode(), _bar(len(plan.frames), progress) as bar:
-            batches = _batches(loader, frames_per_batch, device, bar)
-            _embed(model, plan.calls, _Features(model, batches), out, frames_per_batch)
-    finally:
-        for module, training in modes:
-            module.training = training
     return out / plan.clips[:, None]
+
+
+class FrameRunner:
+    """Bytes of frames -> what the model's aggregator wants of them, the way that is fastest for its backbone.
+
+    Args:
+        model: a :class:`TrackletModel`, also in a wrapper for several devices.
+        frames_per_batch: frames in one pass, at most.
+        precision: what the model computes in.
+        device: moves the model there; None = where it is.
+
+    Attributes:
+        model: out of its wrapper.
+        transform: resizes frames to what the model takes.
+        size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at 256
+            x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
+        uses_flow: whether the encoder has a stem for optical flow.
+
+    Raises:
+        TypeError: no :class:`TrackletModel`.
+        ValueError: ``frames_per_batch`` below 1, or an unknown precision.
+    """
+
+    def __init__(
+        self,
+        model: "TrackletModel",
+        *,
+        frames_per_batch: int = 256,
+        precision: Precision = "float32",
+        device: str | torch.device | None = None,
+    ):
+        while isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        if not all(hasattr(model, part) for part in ("encoder", "aggregator", "clip")):
+            raise TypeError(
+                f"model must be a TrackletModel, as create_model returns it, got {type(model).__name__}: wrap a backbone "
+                "as TrackletModel(FrameEncoder(backbone), aggregator)."
+            )
+        if frames_per_batch < 1:
+            raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}.")
+        self.model = model
+        self.frames_per_batch = frames_per_batch
+        self.precision = precision
+        self.uses_flow = bool(getattr(model.encoder, "uses_flow", False))
+        self.transform = ClipTransform.for_model(model)
+        self.to(device)
+
+    def to(self, device: str | torch.device | None) -> None:
+        """Moves the model, and finds out how it runs best there."""
+        if device is not None:
+            self.model.to(device)
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0, device=CPU))
+        self.device, self.dtype = weight.device, weight.dtype
+        few = max(CPU_PASS, torch.get_num_threads()) if self.device.type == "cpu" else sys.maxsize
+        self.size = min(self.frames_per_batch, few)
+        known = self.device.type in ("cpu", "cuda")
+        self.memory_format = fastest_memory_format(self.model.encoder) if known else torch.contiguous_format
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Evaluation mode, no gradients and the wanted precision; then the modes that were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        low = self.precision != "float32"
+        try:
+            with torch.inference_mode():
+                with torch.autocast(self.device.type, getattr(torch, self.precision)) if low else nullcontext():
+                    yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def load(self, pixels: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Bytes ``[n, 3, H, W]`` (and flow ``[n, 2, H, W]``) of any device -> images as the encoder wants them."""
+        pixels = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+        images = self.transform.normalize(pixels).to(self.dtype)
+        return images, None if flow is None else flow.to(self.device, self.dtype, non_blocking=True)
+
+    def __call__(self, pixels: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """:meth:`TrackletModel.frame_features` of bytes, in passes of ``size`` frames at most."""
+        flows: Sequence[Tensor | None] = [None] * len(pixels) if flow is None else flow.split(self.size)
+        passes = zip(pixels.split(self.size), flows, strict=False)
+        features, images = zip(*(self.model.frame_features(*self.load(*part)) for part in passes), strict=True)
+        return _join(features), None if images[0] is None else _join(images)
+
+
+def fastest_memory_format(module: nn.Module) -> torch.memory_format:
+    """The memory format in which images should enter: ``channels_last`` for convolutional networks.
+
+    A network counts as one if at least a quarter of its linear and convolutional layers are 2-D convolutions (ResNet:
+    all; ConvNeXt, MaxViT: about 0.4; ViT, Swin: 0.02). Only the images need the format: it passes on from layer to
+    layer, and the weights stay as they are.
+    """
+    layers = [isinstance(m, nn.Conv2d) for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return torch.channels_last if layers and sum(layers) >= len(layers) / 4 else torch.contiguous_format
+
+
+def allowed_cores() -> int:
+    """The processor cores that this process may use: of its affinity, and of its container's quota (cgroups)."""
+    try:
+        cores: float = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        cores = os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))))
+
+
+def _cgroup_quota(root: Path, own: Path) -> float:
+    """Cores' worth of time that the process's control groups allow, in version 2 and 1; infinite without a limit."""
+    quota = math.inf
+    try:
+        groups = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return quota
+    for _, controllers, path in (group for group in groups if len(group) == 3):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # any group above may be the one with the limit
+            try:
+                if controllers:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    limit, period = (folder / "cpu.max").read_text().split()
+                if limit != "max" and int(limit) > 0:
+                    quota = min(quota, int(limit) / int(period))
+            except (OSError, ValueError):
+                pass
+            if folder == top:
+                break
+    return quota
 
 
 class _Call(NamedTuple):
@@ -118,9 +286,7 @@ def _plan(tracklets: Sequence[Tracklet], clip: ClipConfig, frames_per_batch: int
     for i, tracklet in enumerate(tracklets):
         if not len(tracklet):
             raise ValueError(f"tracklets[{i}] ({getattr(tracklet, 'name', tracklet)!r}) has no frame: leave it out.")
-        indices, mask = cut_tracklet(
-            len(tracklet), clip.length, clip.test_sampling, stride=clip.stride, fill=clip.fill, tail=clip.tail
-        )
+        indices, mask = clip.cut(len(tracklet))
         distinct, places = indices.unique(return_inverse=True)
         clips.append(_Call(torch.full((len(indices),), i), start + places, mask))
         frames.append(distinct)
@@ -135,77 +301,91 @@ def _plan(tracklets: Sequence[Tracklet], clip: ClipConfig, frames_per_batch: int
     return _Plan(owners, torch.cat(frames), torch.tensor([len(call.owners) for call in clips]), calls)
 
 
-class _Frames(Dataset):
-    """The plan's frames in order, read and transformed, in parts that never cross a batch of the backbone.
+class _Pixels(NamedTuple):
+    frames: Tensor  # uint8 [n, 3, H, W]
+    flow: Tensor | None  # [n, 2, H, W]
 
-    A part is ``[n, 3, H, W]``; with flow ``[n, 5, H, W]``, dx and dy being the last two channels.
+
+class _Reader:
+    """The plan's frames in order, as bytes of the model's size, read ahead by threads.
+
+    Threads, because decoding and resizing let go of Python's lock: measured on 256x128 JPEGs they make half as many frames
+    again per second of processor time as worker processes, which have to hand every frame over.
     """
 
-    def __init__(
-        self, tracklets: Sequence[Tracklet], plan: _Plan, data_config: dict, frames_per_batch: int, flow: bool
-    ):
+    def __init__(self, tracklets: Sequence[Tracklet], plan: _Plan, runner: FrameRunner, workers: int):
         self.tracklets = tracklets
-        self.flow = flow
-        self.owners = plan.owners
-        self.frames = plan.frames
-        self.parts = [
-            slice(part, min(part + DECODE, batch + frames_per_batch, len(plan.frames)))
-            for batch in range(0, len(plan.frames), frames_per_batch)
-            for part in range(batch, min(batch + frames_per_batch, len(plan.frames)), DECODE)
-        ]
-        self.transform = ClipTransform(
-            data_config["input_size"][1:], data_config["mean"], data_config["std"], data_config["interpolation"]
-        )
+        self.owners, self.frames = plan.owners, plan.frames
+        self.transform, self.flow, self.size = runner.transform, runner.uses_flow, runner.size
+        self.pinned = runner.device.type == "cuda"
+        self.workers = workers
+        self.waited = 0.0  # seconds for which the backbone had to wait for frames
 
-    def __len__(self) -> int:
-        return len(self.parts)
+    def batches(self, bar: Any) -> Generator[_Pixels, None, None]:
+        """Batches of the runner's size; the last may be smaller."""
+        total = len(self.frames)
+        batches = [range(first, min(first + self.size, total)) for first in range(0, total, self.size)]
+        parts = [batch[i : i + DECODE] for batch in batches for i in range(0, len(batch), DECODE)]
+        ahead = 2 * self.workers + 2 * math.ceil(self.size / DECODE)
+        with closing(_ahead(self.read, parts, self.workers, ahead)) as made:
+            for batch in batches:
+                start = time.perf_counter()
+                frames, flow = zip(*(next(made) for _ in range(0, len(batch), DECODE)), strict=True)
+                pixels = _Pixels(self._joined(frames), None if flow[0] is None else self._joined(flow))
+                self.waited += time.perf_counter() - start
+                if bar is not None:
+                    bar.update(len(batch))
+                yield pixels
 
-    def __getitem__(self, i: int) -> Tensor:
-        part, frames, flow = self.parts[i], [], []
-        owners, counts = self.owners[part].unique_consecutive(return_counts=True)
-        for owner, indices in zip(owners.tolist(), self.frames[part].split(counts.tolist()), strict=True):
+    def read(self, part: range) -> _Pixels:
+        where = slice(part.start, part.stop)
+        owners, counts = self.owners[where].unique_consecutive(return_counts=True)
+        frames: list[Tensor] = []
+        flow: list[Tensor] = []
+        for owner, indices in zip(owners.tolist(), self.frames[where].split(counts.tolist()), strict=True):
             frames += self.tracklets[owner].load(indices.tolist())
             if self.flow:
                 flow += self.tracklets[owner].load_flow(indices.tolist())
-        return torch.cat(self.transform(frames, flow=flow), 1) if self.flow else self.transform(frames)
+        return _Pixels(self.transform.resize(frames), self.transform.resize_flow(flow) if self.flow else None)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        pixels = _join(parts)
+        return pixels.pin_memory() if self.pinned else pixels
 
 
-def _batches(loader: DataLoader, frames_per_batch: int, device: torch.device, bar) -> Iterator[Tensor]:
-    """Joins the loader's parts to batches of ``frames_per_batch`` frames on the device; the last may be smaller."""
-    parts, count = [], 0
+def _ahead(
+    make: Callable[[range], Part], parts: Sequence[range], workers: int, ahead: int
+) -> Generator[Part, None, None]:
+    """``make(part)`` of each part in order, up to ``ahead`` of them being made before they are asked for."""
+    if workers < 1:
+        yield from map(make, parts)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read-frames")
     try:
-        for i, part in enumerate(loader, 1):
-            parts.append(part.to(device, non_blocking=True))
-            count += len(part)
-            if count == frames_per_batch or i == len(loader):
-                if bar is not None:
-                    bar.update(count)
-                yield torch.cat(parts) if len(parts) > 1 else parts[0]
-                parts, count = [], 0
-    except Exception as error:
-        clear_frames(error.__traceback__)  # a cycle in them would keep the workers and end them seconds late
-        raise
+        waiting = deque(pool.submit(make, part) for part in parts[:ahead])
+        for place in range(len(parts)):
+            made = waiting.popleft().result()
+            if place + ahead < len(parts):
+                waiting.append(pool.submit(make, parts[place + ahead]))
+            yield made
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Features:
     """The features of the plan's frames, made in order when they are asked for, and kept until they are dropped."""
 
-    def __init__(self, model: "TrackletModel", batches: Iterator[Tensor]):
-        self.model = model
+    def __init__(self, runner: FrameRunner, batches: Iterator[_Pixels]):
+        self.runner = runner
         self.batches = batches
         self.kept: list[tuple[Tensor, Tensor | None]] = []  # batches of features, and of images where they are wanted
         self.start = self.stop = 0  # the frames that they hold
 
     def read(self, stop: int) -> None:
-        aggregator = self.model.aggregator
         while self.stop < stop:
             batch = next(self.batches)
-            images, flow = batch[:, :3], batch[:, 3:]
-            features = self.model.encode_frames(images, flow if flow.shape[1] else None)
-            if not aggregator.needs_maps:
-                features = features.mean((2, 3))
-            self.kept.append((features, images if aggregator.needs_frames else None))
-            self.stop += len(batch)
+            self.kept.append(self.runner(*batch))
+            self.stop += len(batch.frames)
 
     def drop(self, before: int) -> None:
         """Lets batches go that hold no frame from ``before`` on."""
@@ -231,7 +411,6 @@ class _Features:
 
 def _embed(model: "TrackletModel", calls: list[_Call], features: _Features, out: Tensor, frames_per_batch: int) -> None:
     """Adds every clip's embedding to its tracklet's row of ``out``."""
-    aggregator = model.aggregator
     # The first frame that a call or any later one needs: everything before it can go.
     needed = torch.stack([call.frames.min() for call in calls]).flip(0).cummin(0).values.flip(0).tolist()
     needed.append(sys.maxsize)
@@ -240,33 +419,49 @@ def _embed(model: "TrackletModel", calls: list[_Call], features: _Features, out:
         features.drop(needed[k])
         first, last = int(call.frames.min()), int(call.frames.max()) + 1
         if (
-            hasattr(aggregator, "stream")
+            supports_streaming(model.aggregator)
             and call.frames.shape[1] > frames_per_batch
-            and call.mask.all()
-            and torch.equal(call.frames[0], torch.arange(first, last))
+            and bool(call.mask.all())
+            and torch.equal(call.frames[0], torch.arange(first, last, device=CPU))
             and needed[k + 1] >= last  # no later call wants these frames
         ):
-            embeddings = aggregator.stream(features.chunks(first, last)).embedding
+            embeddings = _streamed(model.aggregator, features.chunks(first, last))
         else:
             clips, images = features.take(call.frames)
             mask = None if call.mask.all() else call.mask.to(clips.device)
-            embeddings = aggregator(clips, mask, frames=images)
+            embeddings = model.aggregate(clips, mask, images=images)
             del clips, images
         done.append((call.owners, embeddings.float()))
         if len(done) == FLUSH or k == len(calls) - 1:
-            owners, embeddings = (torch.cat(parts) for parts in zip(*done, strict=True))
-            out.index_add_(0, owners, embeddings.cpu())
+            owners, rows = (torch.cat(parts) for parts in zip(*done, strict=True))
+            out.index_add_(0, owners, rows.cpu())
             done.clear()
 
 
+def _streamed(aggregator: "Aggregator", chunks: Iterable[Tensor]) -> Tensor:
+    """The embedding ``[1, D]`` of one clip whose features ``[1, t, ...]`` come in pieces."""
+    streaming: Any = aggregator
+    if hasattr(aggregator, "stream"):  # TO DELETE AT MERGE, with its like in supports_streaming
+        return streaming.stream(chunks).embedding
+    state = streaming.begin(1)
+    for chunk in chunks:
+        state = streaming.update(state, chunk)
+        del chunk  # or it would live on while the next one is made
+    return streaming.read(state).embedding
+
+
+def supports_streaming(aggregator: "Aggregator") -> bool:
+    return bool(getattr(aggregator, "supports_streaming", hasattr(aggregator, "stream")))
+
+
 def _join(batches: Sequence[Tensor]) -> Tensor:
-    return torch.cat(batches) if len(batches) > 1 else batches[0]
+    return torch.cat(tuple(batches)) if len(batches) > 1 else batches[0]
 
 
-def _bar(total: int, progress: bool):
+def _bar(total: int, progress: bool) -> Any:
     if progress:
         try:
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             return tqdm(total=total, unit="frame", desc="embed", disable=None, leave=False)
         except ImportError:

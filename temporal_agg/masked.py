@@ -113,6 +113,11 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         bias: False leaves the shift out, where what follows would cancel it.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, bias: bool = True):
         super().__init__(num_features, eps, momentum)
         if not bias:
@@ -136,12 +141,10 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
             raise ValueError(f"expected {self.num_features} channels in dimension {lead}, got {list(x.shape)}.")
         values = at_least_float32(x)
         if not self.training:
-            flat = values.flatten(0, lead - 1)
-            return (
-                F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-                .view(x.shape)
-                .to(x.dtype)
-            )
+            state = (self.running_mean, self.running_var, self.weight, self.bias)
+            mean, var, weight, bias = (s if s is None else s.to(values.dtype) for s in state)  # half, after .half()
+            y = F.batch_norm(values.flatten(0, lead - 1), mean, var, weight, bias, eps=self.eps)
+            return y.view(x.shape).to(x.dtype)
 
         if x.numel() == x.shape[lead]:
             raise ValueError(
@@ -179,5 +182,5 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
 
 def is_compiling() -> bool:
     """Whether the code is being compiled or exported, where nothing may depend on the data."""
-    ask = getattr(torch.compiler, "is_compiling", None)  # since torch 2.1
+    ask = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # not in torch 2.0
     return ask() if ask is not None else torch._dynamo.is_compiling()

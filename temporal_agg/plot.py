@@ -4,9 +4,10 @@ Each function returns a ``matplotlib.figure.Figure``, for a notebook to show or 
 into a model cut the tracklet as ``model.clip`` says, and run the model in evaluation mode.
 """
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,40 +15,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .aggregators import Aggregator, Details
-from .data import ClipTransform, Tracklet, check_flow, cut_tracklet
+from .aggregators.base import MapKind
+from .data import ClipTransform, Tracklet, check_flow
 from .inference import embed_tracklets
 from .retrieval.evaluate import ranked_gallery
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-    from matplotlib.image import AxesImage
+    from matplotlib.figure import Figure
 
     from .models import TrackletModel
 
-__all__ = [
-    "cmc",
-    "correlation_maps",
-    "embedding_map",
-    "fgra_regions",
-    "frame_weights",
-    "laq_parts",
-    "ranked_lists",
-    "tsa_mask",
-]
+__all__ = ["cmc", "embedding_map", "frame_weights", "maps", "ranked_lists"]
 
 HIT, WRONG, QUERY = "#1a9850", "#d73027", "#4d4d4d"
 SHOWN, OTHER = "#2b5c8a", "#a9c6e0"  # the bars of frames that are drawn, and of the others
+SERIES = (SHOWN, "#e08214", "#542788", "#1b7837", "#b2182b", "#80cdc1")  # what stands side by side
 ENCODE = 64  # frames in one pass of the backbone
-FOR = {  # the figures that not every aggregator can fill
-    "correlation_maps": "grl and grl_released",
-    "fgra_regions": "fgra with a local branch",
-    "laq_parts": "loga with any assembly but gcq",
-    "tsa_mask": "gltr with tsa=True and gltr_released",
-}
+UNIFORM = 0.05  # what varies less has no structure: of the uniform share, of the scale
+CAP = 4  # shares: from 1 / CAP of the uniform one to CAP times that
+ROWS = 8  # of one map, at most
+COLOURS = {"unit": "viridis", "share": "RdBu_r", "signed": "PuOr_r", "amount": "magma"}
+NOTHING = 1e-6  # what is smaller is 0
+FORMS = (  # of the axes that a panel takes; others have a row for each entry
+    ("frames", "height", "width"),
+    ("frames", "parts"),
+    ("sources", "frames"),
+    ("frames", "regions"),
+    ("features", "frames"),
+)
+WEIGHTS = MapKind(("frames",), "share", "frame weights", over="frames")
 
 
-def _figure(layout: str = "constrained", **options) -> "Figure":
+def _figure(layout: Any = "constrained", **options: Any) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -136,21 +136,23 @@ def embedding_map(
         ValueError: not one identity for each embedding, or none at all.
     """
     if isinstance(embeddings, nn.Module):
-        model, tracklets = _model(embeddings), pids
-        embeddings, pids = embed_tracklets(model, tracklets, progress=False), [t.pid for t in tracklets]
-        if model.clip.distance == "cosine":
-            embeddings = F.normalize(embeddings)
-    x = torch.as_tensor(embeddings).detach().cpu().double()
-    pids = np.asarray(pids)
-    if x.dim() != 2 or x.numel() == 0 or pids.shape != x.shape[:1]:
-        raise ValueError(f"expected embeddings [N, D] and N identities, got {list(x.shape)} and {list(pids.shape)}.")
+        model, tracklets = _model(embeddings), cast("Sequence[Tracklet]", pids)
+        x, ids = embed_tracklets(model, tracklets, progress=False), np.array([t.pid for t in tracklets])
+        x = F.normalize(x) if model.clip.distance == "cosine" else x
+    else:
+        x, ids = torch.as_tensor(embeddings), np.asarray(pids)
+    x = x.detach().cpu().double()
+    if x.dim() != 2 or x.numel() == 0 or ids.shape != x.shape[:1]:
+        raise ValueError(f"expected embeddings [N, D] and N identities, got {list(x.shape)} and {list(ids.shape)}.")
     points, shares = _principal_components(x)
     figure = _figure(figsize=(6, 4.5))
     axes = figure.subplots()
-    for i, pid in enumerate(np.unique(pids[pids >= 0])):
-        axes.scatter(*points[pids == pid].T, s=24, color=f"C{i % 10}", marker="os^Dv*PX<>"[i // 10 % 10], label=pid)
-    if (pids < 0).any():
-        axes.scatter(*points[pids < 0].T, s=12, color="0.7", marker=".", label="junk", zorder=0)
+    for i, pid in enumerate(np.unique(ids[ids >= 0])):
+        across, up = points[ids == pid].T
+        axes.scatter(across, up, s=24, color=f"C{i % 10}", marker="os^Dv*PX<>"[i // 10 % 10], label=pid)
+    if (ids < 0).any():
+        across, up = points[ids < 0].T
+        axes.scatter(across, up, s=12, color="0.7", marker=".", label="junk", zorder=0)
     if len(axes.collections) <= 20:
         axes.legend(title="identity", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     labels = [f"component {i}, {100 * share:.0f} % of the variance" for i, share in enumerate(shares, 1)]
@@ -185,157 +187,73 @@ def frame_weights(
         np.add.at(weights, part.numbers, _numpy(part.details.frame_weights[0]) / len(parts))
     read = np.unique(np.concatenate([part.numbers[part.real] for part in parts]))
     chosen = read[_spread(len(read), shown, weights[read])]
-    figure = _figure(figsize=(max(4, 0.8 * len(chosen)), 3.6))
-    above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
-    _strip(above, tracklet, chosen, [f"{number}\n{weights[number]:.3f}" for number in chosen])
-    axes = below.subplots()
-    axes.bar(read, weights[read], color=[SHOWN if number in chosen else OTHER for number in read])
-    axes.axhline(1 / len(read), color="0.3", linestyle="--", linewidth=0.8)
-    axes.set_xticks(chosen, chosen, fontsize=7)
-    axes.set(xlabel="frame", ylabel="weight", xlim=(-0.7, len(tracklet) - 0.3))
-    return figure
+    page = _Page(tracklet, chosen, chosen, len(tracklet))
+    page.frames([f"{weights[number]:.3f}" for number in chosen])
+    colours = [SHOWN if number in chosen else OTHER for number in read]
+    page.series(read, {"weight": weights[read]}, WEIGHTS, len(read), colours)
+    return page.finished()
 
 
-def laq_parts(model: "TrackletModel", tracklet: Tracklet, *, clip: int = 0, shown: int = 12) -> "Figure":
-    """Draws LAQ's parts (LOGA): the importance of each part of each frame, Eq. 5, and the frames' weights w_l.
-
-    Grey is what makes no whole part, and LAQ does not read.
-
-    Args:
-        model: one with LAQ.
-        tracklet: its frames.
-        clip: which of its clips.
-        shown: the most frames to draw, evenly chosen.
-
-    Raises:
-        ImportError: no matplotlib.
-        TypeError: no model.
-        ValueError: no such clip, a model without LAQ, or ``shown`` below 1.
-    """
-    laq = getattr(_model(model).aggregator, "laq", None)
-    if laq is None:
-        raise ValueError(_without("laq_parts", model))
-    (part,) = _clips(model, tracklet, clip)
-    read = part.features if model.aggregator.quality == "features" else part.inputs
-    with torch.inference_mode():
-        pixels = laq.part_scores(read, part.details.mask)[0].repeat_interleave(laq.part_size, 1)
-    H, W = read.shape[3:]
-    pixels = F.pad(pixels, (0, H * W - pixels.shape[1]), value=float("nan"))  # LAQ drops what makes no whole part
-    scores, weights = _numpy(pixels.unflatten(1, (H, W))), _numpy(part.details.maps["laq"][0])
-    limit = np.nanmax(np.abs(scores[part.real]))
-    rows = {"LAQ's parts": (scores, {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"})}
-    return _map_rows(tracklet, part, shown, rows, [f"w_l {weight:.3f}" for weight in weights])
-
-
-def correlation_maps(
-    model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tensor], *, clip: int = 0, shown: int = 12
+def maps(
+    model: "TrackletModel | Details",
+    tracklet: Tracklet | Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    *,
+    kinds: Mapping[str, MapKind] | None = None,
+    clip: int = 0,
+    shown: int = 12,
 ) -> "Figure":
-    """Draws GCE's correlation maps (GRL) over the frames: R, of the high-correlation part, and 1 - R, of the low one.
+    """Draws what an aggregator tells about a clip: the frames, their weights, and any of its maps, by their axes.
+
+    Frames by space, by parts or by regions lie over the frames (regions as stripes, with their curves); what each frame
+    takes from each frame is a matrix; frames by features an image over time, with the frames' first principal
+    component below. Other axes, as the directions of time, have a row for each of their entries.
+
+    A colour always means the same: values of the kind ``unit`` go from 0 to 1, shares are compared with the uniform one
+    (from a quarter of it, or less, to four times, or more), signed values are around 0 and amounts from 0, up to the
+    largest one. The heading says what range they have, and that there is no structure where they vary by 5 % or less.
 
     Args:
-        model: a model with GCE, or ``Details``, as in :func:`frame_weights`.
+        model: a model; or the :class:`~temporal_agg.Details` of clips that went through an aggregator.
         tracklet: its frames, as in :func:`frame_weights`.
-        clip: which of its clips.
-        shown: the most frames to draw, evenly chosen.
-
-    Raises:
-        ImportError: no matplotlib.
-        TypeError: neither a model nor ``Details``.
-        ValueError: no such clip, frames that do not fit, a model without GCE, or ``shown`` below 1.
-    """
-    part, R = _clip_with("correlation", "correlation_maps", model, tracklet, clip)
-    low, high = R[part.real].min(), R[part.real].max()
-    rows = {
-        "high, R": (R, {"vmin": low, "vmax": high, "alpha": 0.6}),
-        "low, 1 - R": (1 - R, {"vmin": 1 - high, "vmax": 1 - low, "alpha": 0.6}),
-    }
-    return _map_rows(tracklet, part, shown, rows, [f"{weight:.3f}" for weight in _numpy(part.details.frame_weights[0])])
-
-
-def tsa_mask(
-    model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tensor], *, clip: int = 0, shown: int = 12
-) -> "Figure":
-    """Draws TSA's T x T mask (GLTR): what each frame (column) takes from each frame (row).
-
-    Args:
-        model: a model with TSA, or ``Details``, as in :func:`frame_weights`.
-        tracklet: its frames, as in :func:`frame_weights`.
-        clip: which of its clips.
+        names: of the maps, in this order; None = the frame weights and all that are there (of a model, those of
+            :meth:`~temporal_agg.Aggregator.inspect`).
+        kinds: for ``Details``: the aggregator's ``maps``.
+        clip: which of the clips.
         shown: the most frames to draw: evenly chosen, but the one that counts most is among them.
 
     Raises:
         ImportError: no matplotlib.
         TypeError: neither a model nor ``Details``.
-        ValueError: no such clip, frames that do not fit, a model without TSA, or ``shown`` below 1.
+        ValueError: no such map or clip, a map that is not of its kind, frames that do not fit ``Details``, or ``shown``
+            below 1.
     """
-    part, M = _clip_with("tsa", "tsa_mask", model, tracklet, clip)
-    M, numbers = M[part.real][:, part.real], part.numbers[part.real]
-    chosen = _spread(len(M), shown, M.sum(1))
-    figure = _figure(figsize=(max(6.5, 0.8 * len(chosen)), 6.8))
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 3.4])
-    _strip(above, tracklet, numbers[chosen], numbers[chosen])
-    axes = below.subplots()
-    below.colorbar(axes.imshow(M, vmin=0, interpolation="nearest"), cax=axes.inset_axes((1.04, 0, 0.05, 1)), label="M")
-    ticks = {"ticks": chosen, "labels": numbers[chosen], "fontsize": 7}
-    axes.set_xticks(**ticks)
-    axes.set_yticks(**ticks)
-    axes.set(xlabel="to frame", ylabel="from frame")
-    return figure
-
-
-def fgra_regions(model: "TrackletModel", tracklet: Tracklet, *, clip: int = 0, shown: int = 12) -> "Figure":
-    """Draws FGRA's regions: the template stripes, where they are found in each frame, and their scores over time.
-
-    Each region has a row: its stripe is framed in the first frame, the template, and over all frames lies the mean of
-    its gates over the channels (M of Eq. 2). Plain stripes have no gates, and are framed in every frame. The scores,
-    also above the frames, say how much a frame counts in a region; at the row's head is the region's own weight.
-
-    Args:
-        model: one with FGRA's local branch.
-        tracklet: its frames.
-        clip: which of its clips.
-        shown: the most frames to draw, evenly chosen.
-
-    Raises:
-        ImportError: no matplotlib.
-        TypeError: no model.
-        ValueError: no such clip, a model without regions, or ``shown`` below 1.
-    """
-    aggregator = _model(model).aggregator
-    if getattr(aggregator, "local_branch", None) is None:
-        raise ValueError(_without("fgra_regions", model))
     (part,) = _clips(model, tracklet, clip)
+    if not isinstance(model, Details):
+        kinds = model.aggregator.maps
+    found = {"frame_weights": part.details.frame_weights, **part.details.maps}
+    known = {"frame_weights": WEIGHTS, **(kinds or {})}
+    if undeclared := [name for name in names or found if name in found and name not in known]:
+        raise ValueError(f"no MapKind says what {', '.join(undeclared)} means: pass kinds=aggregator.maps.")
+    if missing := [name for name in names or () if name not in found]:
+        raise ValueError(f"no map {', '.join(missing)} here; there are {', '.join(found)}.")
+    drawn = [_Map(known[name], name, found[name][0], part.real) for name in names or known if name in found]
     places = np.flatnonzero(part.real)
-    chosen = places[_spread(len(places), shown)]
-    images = _images(tracklet, part.numbers[chosen])
-    scores = _numpy(part.details.maps["region_scores"][0])
-    weights = part.details.maps.get("region_weights")
-    gates = None if aggregator.gam is None else _gates(aggregator.gam, part)
-    N, H = scores.shape[1], part.features.shape[3]
-
-    figure = _figure(figsize=(max(4, 0.8 * len(chosen) + 1.2), 1.6 * N + 2))
-    above, below = figure.subfigures(2, 1, height_ratios=[1.6 * N, 2])
-    for n, row in enumerate(above.subplots(N, len(chosen), squeeze=False)):
-        for axes, t, image in zip(row, chosen, images, strict=True):
-            _draw(axes, image)
-            axes.set_title(f"{part.numbers[t]}: {scores[t, n]:.3f}", fontsize=7)
-            if gates is not None:
-                least, most = gates[n][places].min(), gates[n][places].max()
-                drawn = _overlay(axes, image, gates[n, t], vmin=least, vmax=most, alpha=0.6)
-            if gates is None or t == chosen[0]:
-                top, bottom = n * H // N, -(-(n + 1) * H // N)  # adaptive pooling's rows of the map
-                axes.axhspan(*(image.shape[0] * y / H - 0.5 for y in (top, bottom)), fill=False, color=f"C{n}", lw=2)
-        weight = "" if weights is None else f"\nweight {weights[0, n]:.3f}"
-        row[0].set_ylabel(f"region {n + 1}{weight}", fontsize=7, color=f"C{n}")
-        if gates is not None:
-            above.colorbar(drawn, ax=list(row)).solids.set(alpha=1)
-    axes = below.subplots()
-    for n in range(N):
-        axes.plot(part.numbers[places], scores[places, n], color=f"C{n}", marker="o", markersize=3, label=n + 1)
-    axes.set_xticks(part.numbers[chosen], part.numbers[chosen], fontsize=7)
-    axes.set(xlabel="frame", ylabel="score")
-    axes.legend(title="region", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    weights = _numpy(part.details.frame_weights[0])[places]
+    chosen = _spread(len(places), shown, weights)
+    page = _Page(tracklet, part.numbers[places][chosen], chosen, len(places))
+    page.frames([f"{weight:.3f}" for weight in weights[chosen]])
+    for (axes, _), group in itertools.groupby(drawn, lambda m: (m.kind.axes, m.kind.values)):
+        if axes == ("frames",):  # side by side
+            together = list(group)
+            page.heading("; ".join(m.heading for m in together))
+            page.series(
+                np.arange(len(places)), {m.kind.title: m.values for m in together}, together[0].kind, len(places)
+            )
+        else:
+            for m in group:
+                _draw_map(page, m, part.grid)
+    return page.finished()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,8 +265,7 @@ class _Clip(NamedTuple):
 
     numbers: np.ndarray  # [L], the frames' places in the tracklet
     details: Details  # of this clip alone
-    inputs: Tensor | None = None  # [1, L, 3, H, W]
-    features: Tensor | None = None  # [1, L, C, h, w]
+    grid: tuple[int, int] | None = None  # height, width of what the model reads
 
     @property
     def real(self) -> np.ndarray:
@@ -356,48 +273,55 @@ class _Clip(NamedTuple):
 
 
 def _clips(model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tensor], clip: int | None) -> list[_Clip]:
-    """The one asked for, or all that the tracklet is cut into, these without inputs and features."""
+    """The one asked for, with every map, or all that the tracklet is cut into."""
     if isinstance(model, Details):
         B, T = model.mask.shape
         if len(tracklet) != T:
             raise ValueError(f"these details are of clips of {T} frames, padding included; got {len(tracklet)} frames.")
         row = slice(_within(clip or 0, B), (clip or 0) + 1)
         maps = {name: value[row] for name, value in model.maps.items()}
-        return [_Clip(np.arange(T), Details(*(value[row] for value in model[:3]), maps, {}))]
-    cut = _model(model).clip
-    indices, mask = cut_tracklet(
-        len(tracklet), cut.length, cut.test_sampling, stride=cut.stride, fill=cut.fill, tail=cut.tail
-    )
+        return [_Clip(np.arange(T), Details(model.embedding[row], model.mask[row], model.frame_weights[row], maps, {}))]
+    indices, mask = _model(model).clip.cut(len(tracklet))
     if clip is not None:
         row = slice(_within(clip, len(indices)), clip + 1)
         indices, mask = indices[row], mask[row]
+    tracklet = cast("Tracklet", tracklet)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            clips = (_run(model, tracklet, *one) for one in zip(indices, mask, strict=True))
-            return list(clips) if clip is not None else [_Clip(*one[:2]) for one in clips]
+            return [_run(model, tracklet, *one, clip is not None) for one in zip(indices, mask, strict=True)]
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tensor) -> _Clip:
+def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tensor, finer: bool) -> _Clip:
     config, device = model.data_config, next(model.parameters()).device
     transform = ClipTransform(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])
-    frames, flow = tracklet.load(indices), None
+    frames = tracklet.load(indices)
+    flow = None
     if getattr(model.encoder, "uses_flow", False):
         check_flow([tracklet])
-        inputs, flow = transform(frames, flow=tracklet.load_flow(indices))
+        flow = tracklet.load_flow(indices)
+    made = transform(frames, flow=flow)
+    inputs = (made,) if isinstance(made, Tensor) else made
+    batches = zip(*(x.to(device).split(ENCODE) for x in inputs), strict=True)
+    features, images = zip(*(_frame_features(model, *batch) for batch in batches), strict=True)
+    clip = (torch.cat(features)[None], mask[None].to(device))
+    clip_images = None if images[0] is None else torch.cat(images)[None]
+    if finer:
+        details = model.aggregator.inspect(*clip, frames=clip_images)
     else:
-        inputs = transform(frames)
-    inputs = inputs.to(device)
-    batches = [x.split(ENCODE) for x in ((inputs,) if flow is None else (inputs, flow.to(device)))]
-    encoded = [model.encode_frames(*batch) for batch in zip(*batches, strict=True)]
-    inputs, features = inputs[None], torch.cat(encoded)[None]
-    frames = inputs if model.aggregator.needs_frames else None
-    details = model.aggregator(features, mask[None].to(device), frames=frames, return_details=True)
-    return _Clip(indices.numpy(), details, inputs, features)
+        details = model.aggregator(*clip, frames=clip_images, return_details=True)
+    return _Clip(indices.numpy(), details._replace(supervised={}), tuple(config["input_size"][1:]))
+
+
+def _frame_features(model: "TrackletModel", frames: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """What the aggregator reads of each frame."""
+    features = model.encode_frames(frames, flow)
+    needs = model.aggregator
+    return features if needs.needs_maps else features.mean((2, 3)), frames if needs.needs_frames else None
 
 
 def _model(model: "TrackletModel") -> "TrackletModel":
@@ -407,31 +331,6 @@ def _model(model: "TrackletModel") -> "TrackletModel":
     if isinstance(model, Aggregator):
         hint = " An aggregator alone sees no images: put a model around it, or pass what return_details=True gives."
     raise TypeError(f"expected a TrackletModel (or Details, where they are taken), got {type(model).__name__}.{hint}")
-
-
-def _clip_with(
-    name: str, figure: str, model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tensor], clip: int
-) -> tuple[_Clip, np.ndarray]:
-    (part,) = _clips(model, tracklet, clip)
-    if name not in part.details.maps:
-        raise ValueError(_without(figure, model))
-    return part, _numpy(part.details.maps[name][0])
-
-
-def _without(figure: str, model: "TrackletModel | Details") -> str:
-    what = "these details have" if isinstance(model, Details) else f"{type(model.aggregator).__name__}, this model has"
-    return f"{figure}: {what} nothing to draw here. It is there with {FOR[figure]}; every model has frame_weights."
-
-
-def _gates(gam: nn.Module, part: _Clip) -> np.ndarray:
-    """The mean of the gates M (Eqs. 1, 2) over the channels, ``[N_s, L, h, w]``."""
-    norm = gam.norm
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    offset = (norm.bias - norm.running_mean * scale)[:, None, None]
-    with torch.inference_mode():
-        slopes = part.details.supervised["templates"][0] * scale
-        gates = [torch.sigmoid(slope[:, None, None] * part.features[0] + offset).mean(1) for slope in slopes]
-    return _numpy(torch.stack(gates))
 
 
 def _within(clip: int, count: int) -> int:
@@ -456,38 +355,278 @@ def _principal_components(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
 # Drawing
 
 
-def _map_rows(
-    tracklet: Tracklet | Sequence[Tensor],
-    part: _Clip,
-    shown: int,
-    rows: Mapping[str, tuple[np.ndarray, dict]],
-    titles: Sequence[str],
-) -> "Figure":
-    """The frames, and under them rows of maps ``[L, h, w]`` over the frames, with ``imshow``'s options for each row."""
-    places = np.flatnonzero(part.real)
-    chosen = places[_spread(len(places), shown)]
-    images = _images(tracklet, part.numbers[chosen])
-    figure = _figure("compressed", figsize=(max(4, 0.8 * len(chosen) + 1.2), 1.65 * (1 + len(rows)) + 0.3))
-    grid = figure.subplots(1 + len(rows), len(chosen), squeeze=False)
-    for axes, t, image in zip(grid[0], chosen, images, strict=True):
-        _draw(axes, image)
-        axes.set_title(f"{part.numbers[t]}\n{titles[t]}", fontsize=7)
-    for line, (label, (maps, options)) in zip(grid[1:], rows.items(), strict=True):
-        for axes, t, image in zip(line, chosen, images, strict=True):
-            _draw(axes, image)
-            drawn = _overlay(axes, image, maps[t], **options)
-        line[0].set_ylabel(label, fontsize=8)
-        figure.colorbar(drawn, ax=list(line)).solids.set(alpha=1)
-    return figure
+class _Map:
+    """A map of one clip without its padding.
+
+    Attributes:
+        values: as they are.
+        relative: shares as powers of two of the uniform one, as they are drawn; other values as they are.
+        options: the fixed meaning of its colours, for ``imshow``, with the ``ticks`` and the ``label`` of their bar.
+        heading: what it is, and what range its values have.
+    """
+
+    def __init__(self, kind: MapKind, name: str, values: Tensor, real: np.ndarray):
+        x = _numpy(values)
+        if x.ndim != len(kind.axes):
+            raise ValueError(f"map {name} must have the axes {kind.axes} behind the batch, got {list(values.shape)}.")
+        for i, axis in enumerate(kind.axes):
+            if axis in ("frames", "sources"):
+                x = x.compress(real, i)
+        self.kind, self.values, self.relative, self.label = kind, x, x, ""
+        if kind.values == "share":
+            self.count = x.shape[kind.axes.index(str(kind.over))]
+            low, high = self.count * float(x.min()), self.count * float(x.max())
+            off = max(1 - low, high - 1)
+            says = (
+                f"uniform to within {100 * off:.2g} %" if off <= UNIFORM else f"{low:.2g} to {high:.2g} times uniform"
+            )
+            self.relative = np.log2((self.count * x).clip(1 / CAP, CAP))
+            bottom, top = -np.log2(CAP), np.log2(CAP)
+            self.ticks = {bottom: f"≤ 1/{CAP}", -1.0: "1/2", 0.0: "1", 1.0: "2", top: f"≥ {CAP}"}
+            self.label = f"times 1/{self.count}"
+        else:
+            low, high = float(x.min()), float(x.max())
+            top = max(-low, high)
+            top = 1.0 if kind.values == "unit" or top < NOTHING else top
+            bottom = -top if kind.values == "signed" else 0.0
+            says = f"{low:.2g} to {high:.2g}"
+            if high - low <= UNIFORM * top:
+                says = f"no structure, {(low + high) / 2:.2g} to within {(high - low) / 2:.1g}"
+            self.ticks = {value: f"{value:.2g}" for value in (bottom, (bottom + top) / 2, top)}
+        self.options = {"cmap": COLOURS[kind.values], "vmin": bottom, "vmax": top}
+        self.heading = f"{kind.title}: {says}"
 
 
-def _strip(
-    figure: "SubFigure", tracklet: Tracklet | Sequence[Tensor], numbers: np.ndarray, titles: Sequence[str]
-) -> None:
-    row = figure.subplots(1, len(numbers), squeeze=False)[0]
-    for axes, image, title in zip(row, _images(tracklet, numbers), titles, strict=True):
-        _draw(axes, image)
-        axes.set_title(title, fontsize=7)
+def _draw_map(page: "_Page", m: _Map, grid: tuple[int, int] | None) -> None:
+    """Draws a map by its axes. ``grid``: height and width of what the model reads."""
+    axes = m.kind.axes
+    plain = (*[axis for axis in axes if axis != "frames"][-1:], "frames") if "frames" in axes else axes[-2:]
+    form = next((form for form in FORMS if set(form) <= set(axes)), plain)
+    rest = tuple(axis for axis in axes if axis not in form)
+    x = m.relative.transpose([axes.index(axis) for axis in rest + form])
+    lead, x = x.shape[: len(rest)], x.reshape(-1, *x.shape[len(rest) :])
+    rows = _spread(len(x), ROWS)
+    page.heading(m.heading + (f" ({len(rows)} of {len(x)} drawn)" if len(rows) < len(x) else ""))
+    labels = [" ".join(map(_entry, rest, np.unravel_index(row, lead))) for row in rows] if rest else [""]
+    if form[0] != "frames":
+        for picture, label in zip(x[rows], labels, strict=True):
+            page.image(np.atleast_2d(picture), label, m, form)
+            if form == ("features", "frames") and m.kind.values != "share":
+                page.component(picture.T)
+        return
+    pictures = x[rows][:, page.places]
+    if form == ("frames", "parts"):
+        pictures = _laid_out(pictures, grid or page.images[0].shape[:2])
+    if form == ("frames", "regions"):
+        pictures = pictures[..., None]
+    page.overlays(pictures, labels, m, stripes=lead[0] if rest == ("regions",) else 0)
+    if form == ("frames", "regions") and not rest:
+        curves = m.values if axes == form else m.values.T
+        series = {_entry("regions", n): curve for n, curve in enumerate(curves.T)}
+        page.series(np.arange(len(curves)), series, m.kind, getattr(m, "count", 0), lines=True)
+
+
+def _entry(axis: str, i: int) -> str:
+    return ("forward", "backward")[i] if axis == "directions" and i < 2 else f"{axis.removesuffix('s')} {i + 1}"
+
+
+def _laid_out(parts: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Parts ``[..., M]``, runs of equal length over a frame's pixels in reading order: ``[..., height, width]``.
+
+    NaN is what makes no whole part.
+    """
+    M, pixels = parts.shape[-1], grid[0] * grid[1]
+    part = np.arange(pixels) // (pixels // M) if pixels >= M else np.arange(pixels) * M // pixels
+    return np.where(part < M, parts[..., part.clip(max=M - 1)], np.nan).reshape(*parts.shape[:-1], *grid)
+
+
+class _Page:
+    """Panels below each other, over the columns of the frames that are drawn. All lengths are in inches.
+
+    Args:
+        tracklet: the frames.
+        numbers: of the frames that are drawn.
+        places: where these stand on axes over time.
+        span: the length of such axes.
+    """
+
+    left, right, gap = 1.0, 1.15, 0.05
+
+    def __init__(self, tracklet: Tracklet | Sequence[Tensor], numbers: np.ndarray, places: np.ndarray, span: int):
+        self.images = _images(tracklet, numbers)
+        self.numbers, self.places, self.span = [str(number) for number in numbers], places, span
+        self.cell = min(1.2, max(0.75, 3.6 / len(numbers)))
+        self.width = self.cell * len(numbers)
+        self.tall = self.cell * min(3.0, max(image.shape[0] / image.shape[1] for image in self.images))
+        self.centres = self.cell * (np.arange(len(numbers)) + 0.5)
+        self.page = _figure(layout=None)
+        self.y = 0.1  # from the top
+        self.boxes: list[tuple[Axes, float, float, float, float]] = []
+
+    def axes(self, height: float, x: float = 0.0, width: float | None = None, y: float = 0.0) -> "Axes":
+        """Axes at the place reached; ``x`` to the right, ``y`` down."""
+        axes = self.page.add_axes((0, 0, 1, 1))
+        self.boxes.append((axes, x, self.y + y, self.width if width is None else width, height))
+        return axes
+
+    def finished(self) -> "Figure":
+        W, H = self.left + self.width + self.right, self.y + 0.05
+        self.page.set_size_inches(W, H)
+        for axes, x, y, width, height in self.boxes:
+            axes.set_position(((self.left + x) / W, 1 - (y + height) / H, width / W, height / H))
+        return self.page
+
+    def heading(self, text: str) -> None:
+        wide = self.left + self.width + self.right
+        lines = textwrap.wrap(text, int(14.5 * wide))
+        height = 0.15 * len(lines)
+        axes = self.axes(height, -self.left, wide, 0.15)
+        axes.axis("off")
+        axes.text(0.01, 0, "\n".join(lines), fontsize=8, va="bottom")
+        self.y += height + 0.22
+
+    def frames(self, titles: Sequence[str]) -> None:
+        self.y += 0.3
+        axes = self._row(self.images)
+        labels = [f"{number}\n{title}" for number, title in zip(self.numbers, titles, strict=True)]
+        axes.set_xticks(self.centres, labels, fontsize=7)
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, pad=1)
+        self.y += self.tall
+
+    def overlays(self, pictures: np.ndarray, labels: Sequence[str], m: _Map, stripes: int = 0) -> None:
+        """Maps ``[rows, frames, h, w]`` over the frames in grey. ``stripes``: the rows are that many regions."""
+        grey = [np.broadcast_to(image.mean(2, keepdims=True), image.shape).astype(np.uint8) for image in self.images]
+        smooth = "bilinear" if "height" in m.kind.axes else "nearest"
+        self._bar(m, len(labels) * self.tall)
+        for n, (row, label) in enumerate(zip(pictures, labels, strict=True)):
+            axes = self._row(grey)
+            axes.set_xticks([])
+            axes.set_ylabel(label, fontsize=8)
+            boxes = [image.get_extent() for image in axes.images]
+            for box, picture in zip(boxes, row, strict=True):
+                self._image(axes, picture, m, extent=box, alpha=0.6, interpolation=smooth)
+            if stripes:
+                x0, x1, y0, y1 = boxes[0]
+                top, bottom = (y1 - (y1 - y0) * k / stripes for k in (n, n + 1))
+                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color=f"C{n}", linewidth=2)
+            axes.set(xlim=(0, self.width), ylim=(0, self.tall))
+            self.y += self.tall
+
+    def image(self, picture: np.ndarray, label: str, m: _Map, form: tuple[str, ...]) -> None:
+        """A map ``[..., frames]`` or ``[..., places]``; the rows of sources have their pictures."""
+        rows, columns = picture.shape
+        sources = form[0] == "sources"
+        height = 0.32 * len(self.places) + 0.3 if sources else 1.2 if rows > 12 else 0.25 * rows
+        axes = self.axes(height)
+        self._image(axes, picture, m)
+        self._bar(m, height)
+        axes.set_ylabel(label or (f"{rows} {form[0]}" if rows > 12 else ""), fontsize=7)
+        axes.tick_params(labelsize=7, length=2, pad=2)
+        axes.set_yticks([])
+        if form[-1] == "frames":
+            axes.set_xticks(self.places, self.numbers)
+        elif columns <= 12:
+            axes.set_xticks(range(columns), [_entry(form[-1], i) for i in range(columns)])
+        if sources:
+            axes.set_yticks(self.places, self.numbers)
+            axes.set_ylabel("from frame", fontsize=7, labelpad=32)
+            axes.set_xlabel("to frame", fontsize=7, labelpad=1)
+            step = height / len(self.images)
+            wide = min(0.4, 0.95 * step * self.cell / self.tall)
+            tall = wide * self.tall / self.cell
+            for i, image in enumerate(self.images):
+                _draw(self.axes(tall, -0.22 - wide, wide, (i + 0.5) * step - tall / 2), image)
+            self.y += 0.12
+        self.y += height + 0.2
+
+    def component(self, x: np.ndarray) -> None:
+        """A strip of the frames ``[T, C]`` along their first principal component, in lengths of the mean frame."""
+        points, shares = _principal_components(torch.as_tensor(x).double())
+        along = points[:, 0] / max(float(np.linalg.norm(x, axis=1).mean()), NOTHING)
+        axes = self.axes(0.2)
+        axes.imshow(along[None], aspect="auto", cmap=COLOURS["signed"], vmin=-1, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        text = f"PC 1, {100 * shares[0]:.0f} % of variance"
+        axes.text(
+            1.01,
+            0.5,
+            f"{along.min():.2f} to {along.max():.2f} of\nthe mean length",
+            fontsize=6,
+            va="center",
+            transform=axes.transAxes,
+        )
+        axes.set_ylabel(textwrap.fill(text, 12), fontsize=6, rotation=0, ha="right", va="center")
+        self.y += 0.25
+
+    def series(
+        self,
+        x: np.ndarray,
+        series: Mapping[str, np.ndarray],
+        kind: MapKind,
+        count: int,
+        colours: Sequence[str] | None = None,
+        lines: bool = False,
+    ) -> None:
+        """Values over time: bars side by side, or lines. ``count``: of the entries that share."""
+        self.y += 0.08
+        axes = self.axes(0.9)
+        wide = 0.8 / len(series)
+        for i, (label, values) in enumerate(series.items()):
+            name = textwrap.fill(label, 17)
+            if lines:
+                axes.plot(x, values, color=f"C{i}", marker="o", markersize=3, linewidth=1, label=name)
+            else:
+                offset = wide * (i - (len(series) - 1) / 2)
+                axes.bar(x + offset, values, wide, color=colours or SERIES[i % len(SERIES)], label=name)
+        low, high = (
+            float(f(values)) for f, values in ((np.min, list(series.values())), (np.max, list(series.values())))
+        )
+        top = 1.0 if kind.values == "unit" else 1.05 * max(-low, high, NOTHING)
+        if kind.values == "share":
+            top = max(top, 2 / count)
+            axes.axhline(1 / count, color="0.3", linestyle="--", linewidth=0.8)
+        axes.set(xlim=(-0.5, self.span - 0.5), ylim=(-top if kind.values == "signed" else 0, top))
+        axes.set_xticks(self.places, self.numbers)
+        axes.tick_params(labelsize=7, length=2, pad=2)
+        axes.set_xlabel("frame", fontsize=7, labelpad=1)
+        if len(series) > 1:
+            axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, handlelength=1)
+        else:
+            axes.set_ylabel(next(iter(series)), fontsize=7)
+        self.y += 1.25
+
+    def _row(self, images: Sequence[np.ndarray]) -> "Axes":
+        axes = self.axes(self.tall)
+        for centre, image in zip(self.centres, images, strict=True):
+            h, w = image.shape[:2]
+            size = min((self.cell - self.gap) / w, (self.tall - self.gap) / h) / 2
+            box = (centre - w * size, centre + w * size, self.tall / 2 - h * size, self.tall / 2 + h * size)
+            axes.imshow(image, extent=box)
+        axes.set(xlim=(0, self.width), ylim=(0, self.tall), yticks=[], aspect="auto")
+        axes.spines[:].set_visible(False)
+        return axes
+
+    def _image(self, axes: "Axes", picture: np.ndarray, m: _Map, **options: Any) -> None:
+        drawn = axes.imshow(picture, **{"aspect": "auto", "interpolation": "nearest", **m.options, **options})
+        drawn.set_cmap(drawn.get_cmap().with_extremes(bad="0.5"))  # NaN
+
+    def _bar(self, m: _Map, height: float) -> None:
+        """A bar of the colours, that many ticks that they fit."""
+        tall = min(1.2, max(0.2, height - 0.1))
+        axes = self.axes(tall, self.width + 0.1, 0.1, 0.02)
+        axes.imshow(
+            np.linspace(1, 0, 256)[:, None],
+            aspect="auto",
+            cmap=m.options["cmap"],
+            extent=(0, 1, m.options["vmin"], m.options["vmax"]),
+        )
+        ticks = list(m.ticks) if tall > 0.5 else sorted(m.ticks)[:: len(m.ticks) - 1]
+        axes.set(xticks=[])
+        axes.set_yticks(ticks, [m.ticks[tick] for tick in ticks], fontsize=7)
+        axes.tick_params(left=False, labelleft=False, right=True, labelright=True, length=2, pad=2)
+        if tall > 0.5:
+            axes.set_ylabel(m.label, fontsize=7)
+            axes.yaxis.set_label_position("right")
 
 
 def _draw(axes: "Axes", image: np.ndarray, colour: str | None = None) -> None:
@@ -497,17 +636,10 @@ def _draw(axes: "Axes", image: np.ndarray, colour: str | None = None) -> None:
         spine.set(**{"visible": False} if colour is None else {"color": colour, "linewidth": 2.5})
 
 
-def _overlay(axes: "Axes", image: np.ndarray, values: np.ndarray, **options) -> "AxesImage":
-    h, w = image.shape[:2]
-    extent = (-0.5, w - 0.5, h - 0.5, -0.5)
-    drawn = axes.imshow(values, extent=extent, **{"cmap": "magma", "interpolation": "bilinear", **options})
-    drawn.set_cmap(drawn.get_cmap().with_extremes(bad="0.5"))  # NaN
-    return drawn
-
-
 def _images(tracklet: Tracklet | Sequence[Tensor], numbers: Iterable[int]) -> list[np.ndarray]:
     numbers = [int(number) for number in numbers]
-    frames = tracklet.load(numbers) if hasattr(tracklet, "load") else [tracklet[number] for number in numbers]
+    load = getattr(tracklet, "load", None)
+    frames = load(numbers) if load else [cast("Sequence[Tensor]", tracklet)[number] for number in numbers]
     return [frame.permute(1, 2, 0).cpu().numpy() for frame in frames]
 
 

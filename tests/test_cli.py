@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import temporal_agg
-from temporal_agg import cli, retrieval
+from temporal_agg import _embed, cli, retrieval
 
 LENGTHS = {"0001/1_a": 3, "0001/2_b": 5, "0002/1_a": 1, "0002/-1_c": 11, "0003/2_a": 2}
 
@@ -92,15 +92,15 @@ def test_any_folders_are_tracklets(tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from temporal_agg import cli
-cli.SAVE_EVERY = 0
-embed, calls = cli.embed_tracklets, []
+from temporal_agg import _embed, cli
+_embed.SAVE_EVERY = 0
+embed, calls = _embed.embed_tracklets, []
 def embed_twice(model, tracklets, **options):
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(len(tracklets))
     return embed(model, tracklets, **options)
-cli.embed_tracklets = embed_twice
+_embed.embed_tracklets = embed_twice
 cli.main(sys.argv[1:])
 """
 
@@ -128,7 +128,7 @@ def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys)
         seen.extend(t.name for t in tracklets)
         return temporal_agg.embed_tracklets(model, tracklets, **options)
 
-    monkeypatch.setattr(cli, "embed_tracklets", count)
+    monkeypatch.setattr(_embed, "embed_tracklets", count)
     code, found = embed()
     assert code == 0
     assert seen == ["0001/2_b", "0002/1_a", "0002/-1_c", "0003/2_a"]
@@ -168,7 +168,7 @@ def test_files_of_others_are_left_alone(embed, tmp_path, capsys):
     embed()
     gallery = str(tmp_path / "out.npz")
     assert cli.main(["search", gallery, gallery, "-o", gallery]) == 1
-    assert "is the gallery" in capsys.readouterr().err
+    assert "is an input" in capsys.readouterr().err
     assert np.load(gallery)["embeddings"].shape == (5, 512)
 
 
@@ -275,7 +275,7 @@ def test_untrained_aggregators_are_refused(folder, tmp_path, monkeypatch, capsys
         built.append(backbone_pretrained)
         return temporal_agg.create_model(name, img_size=(32, 16))
 
-    monkeypatch.setattr(cli, "create_model", offline)
+    monkeypatch.setattr(_embed, "create_model", offline)
     assert cli.main([*command, "--model", "mean_resnet10t"]) == 0
     assert built == [False, True]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from temporal_agg import inference
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
 from temporal_agg.inference import embed_tracklets
@@ -68,6 +69,12 @@ def literal(model, items):
     return torch.stack(rows)
 
 
+@pytest.fixture
+def whole_batches(monkeypatch):
+    """Passes of the backbone as on a GPU: not smaller than the batches."""
+    monkeypatch.setattr(inference, "CPU_PASS", 10**6)
+
+
 def embed(model, items, **kwargs):
     return embed_tracklets(model, items, **{"num_workers": 0, "progress": False} | kwargs)
 
@@ -107,7 +114,7 @@ def test_a_timm_backbone_and_worker_processes():
 
 
 @pytest.mark.parametrize("frames_per_batch", [1, 7, 32, 33, 64, 1000])
-def test_the_result_does_not_depend_on_the_batching(frames_per_batch):
+def test_the_result_does_not_depend_on_the_batching(whole_batches, frames_per_batch):
     model = build("attention", ClipConfig(6, stride=3, fill="mask"))
     items = tracklets((90, *LENGTHS))
     want = embed(model, items)
@@ -155,7 +162,7 @@ def test_frames_that_no_clip_needs_are_not_read():
 
 
 @pytest.mark.parametrize("fill", ["repeat", "mask"])
-def test_maps_of_a_long_tracklet_are_let_go(fill):
+def test_maps_of_a_long_tracklet_are_let_go(whole_batches, fill):
     """With windows of 6 frames and batches of 12, no more than three batches are alive at once."""
     model = build("attention", ClipConfig(6, stride=3, fill=fill))
     model.aggregator.needs_maps = True
@@ -199,7 +206,7 @@ def test_long_tracklets_stream(lengths):
     torch.testing.assert_close(want, literal(model, items), rtol=1e-4, atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_tracklet():
+def test_memory_does_not_grow_with_the_tracklet(whole_batches):
     model = streaming()
     embed(model, tracklets((400, 7, 90)), frames_per_batch=12)
     assert len(model.alive) == 42
@@ -316,7 +323,7 @@ def test_autocast_is_the_callers():
     assert 0 < (got - want).norm() / want.norm() < 0.02
 
 
-def test_the_bar_counts_frames(monkeypatch):
+def test_the_bar_counts_frames(whole_batches, monkeypatch):
     model, items, seen = build(clip=ClipConfig(8, stride=4)), tracklets(), []
 
     class Bar:

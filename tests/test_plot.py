@@ -1,5 +1,9 @@
 """The figures' content, read back from matplotlib's objects; their looks were checked by eye."""
 
+import itertools
+import re
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +11,14 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 import temporal_agg
-from temporal_agg import ClipConfig, Details, Tracklet, TrackletModel, create_aggregator, evaluate, plot
+from temporal_agg import Aggregator, ClipConfig, Details, Tracklet, TrackletModel, create_aggregator, evaluate, plot
+from temporal_agg.aggregators.base import AXES, VALUES, MapKind
 from temporal_agg.retrieval.evaluate import ranked_gallery
 
 C = 8
 SIZE = (16, 8)
-OF_A_MODEL = {  # and an aggregator for each
-    "frame_weights": "attention",
-    "laq_parts": "loga",
-    "correlation_maps": "grl",
-    "tsa_mask": "gltr",
-    "fgra_regions": "fgra",
-}
+T, REAL = 5, [0, 1, 3, 4]  # of the clips of details made by hand, which have a hole
+LENGTHS = {"frames": T, "sources": T, "height": 4, "width": 2, "regions": 3, "parts": 6, "directions": 2, "features": 7}
 
 
 class Encoder(nn.Module):
@@ -54,14 +54,23 @@ def walk(length, flow=None):
 
 
 def pictures(figure):
-    """Which frames of the walk are drawn, in order."""
-    first = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    return [int(image[0, 0, 0]) for image in first if image.shape == (*SIZE, 3)]
+    """Which frames of the walk are drawn at the top, in order."""
+    return [int(image.get_array()[0, 0, 0]) for image in figure.axes[0].images]
 
 
-def overlays(figure):
-    """The maps that lie over frames, in order."""
-    return np.array([axes.images[1].get_array().filled(np.nan) for axes in figure.axes if len(axes.images) == 2])
+def headings(figure):
+    return [axes.texts[0].get_text().replace("\n", " ") for axes in figure.axes if not axes.axison]
+
+
+def panels(figure):
+    """The maps: of each axes that have some, the arrays of the images, without frames and colour bars."""
+    found = []
+    for axes in figure.axes:
+        arrays = [image.get_array() for image in axes.images]
+        maps = [array.filled(np.nan) for array in arrays if array.ndim == 2 and array.shape != (256, 1)]
+        if maps:
+            found.append(np.array(maps))
+    return found
 
 
 def labelled(figure, label):
@@ -70,13 +79,15 @@ def labelled(figure, label):
     return axes
 
 
-def cut_off(figure):
-    """Titles and labels that run over the edges of the page."""
+def faults(figure):
+    """What runs over the edges of the page, and headings that something runs over."""
     figure.draw_without_rendering()
     width, height = figure.bbox.size
-    texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
-    boxes = {text.get_text(): text.get_window_extent() for text in texts if text.get_text()}
-    return [t for t, b in boxes.items() if min(b.x0, b.y0) < -0.5 or b.x1 > width + 0.5 or b.y1 > height + 0.5]
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    off = [b for b in boxes if min(b.x0, b.y0) < -0.5 or b.x1 > width + 0.5 or b.y1 > height + 0.5]
+    texts = [axes.texts[0].get_window_extent() for axes in figure.axes if not axes.axison]
+    others = [box for axes, box in zip(figure.axes, boxes, strict=True) if axes.axison]
+    return off + [text for text in texts for box in others if text.shrunk(0.98, 0.98).overlaps(box)]
 
 
 def bars(figure):
@@ -86,8 +97,21 @@ def bars(figure):
 def details_of(model, tracklet):
     """Of all frames of a walk as one clip."""
     frames = torch.stack(tracklet.load(range(len(tracklet)))).float() / 255
+    features = model.eval().encode_frames(frames)[None]
     with torch.no_grad():
-        return model.eval()(frames[None], return_details=True)
+        return model.aggregator.inspect(features, frames=frames[None])
+
+
+def drawn(kind, values, **options):
+    """The figure of one map ``[T, ...]`` of a clip with a hole."""
+    mask = torch.zeros(1, T, dtype=torch.bool)
+    mask[0, REAL] = True
+    details = Details(torch.zeros(1, C), mask, mask / len(REAL), {"it": torch.as_tensor(values)[None]}, {})
+    return plot.maps(details, walk(T), ["it"], kinds={"it": kind}, **options)
+
+
+def values_of(axes, seed=0):
+    return np.random.default_rng(seed).random([LENGTHS[axis] for axis in axes], np.float32)
 
 
 def tracklet(pid, camera):
@@ -116,7 +140,7 @@ def test_ranked_lists_show_what_an_evaluation_counts():
 def test_a_long_name_fits_beside_its_query():
     long = Tracklet([np.zeros((8, 4, 3), np.uint8)], 1, 1, "query/0001/camera 1/a tracklet of the afternoon_0001")
     figure = plot.ranked_lists(np.zeros((2, 3)), [long] * 2, [tracklet(2, 2)] * 3, [0, 1], ranks=3)
-    assert cut_off(figure) == []
+    assert faults(figure) == []
     grid = np.array(figure.axes).reshape(2, 4)
     labels = [axes.yaxis.label for axes in grid[:, 0]]
     assert ["".join(label.get_text().split()) for label in labels] == ["".join(long.name.split())] * 2
@@ -179,7 +203,7 @@ def test_titles_and_colours_say_which_frames_are_shown():
     figure = plot.frame_weights(model("attention", clip), walk(30), shown=4)
     weights = bars(figure)
     shown = pictures(figure)
-    titles = [axes.get_title() for axes in figure.axes if axes.images]
+    titles = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert titles == [f"{i}\n{weights[i]:.3f}" for i in shown]
     axes = labelled(figure, "weight")
     assert [i for i, bar in enumerate(axes.patches) if to_hex(bar.get_facecolor()) == plot.SHOWN] == shown
@@ -190,9 +214,8 @@ def test_titles_and_colours_say_which_frames_are_shown():
 def test_the_frame_that_counts_most_is_shown(heaviest, shown):
     weights = torch.full((1, 30), 0.01)
     weights[0, heaviest] = 0.71
-    maps = {"tsa": weights[0, :, None].expand(1, 30, 30)}
-    details = Details(torch.zeros(1, C), torch.ones(1, 30, dtype=torch.bool), weights, maps, {})
-    for figure in (plot.frame_weights, plot.tsa_mask):
+    details = Details(torch.zeros(1, C), torch.ones(1, 30, dtype=torch.bool), weights, {}, {})
+    for figure in (plot.frame_weights, plot.maps):
         assert pictures(figure(details, walk(30), shown=4)) == shown
 
 
@@ -205,138 +228,237 @@ def test_details_and_padding():
     figure = plot.frame_weights(details, list(frames), clip=1)
     assert pictures(figure) == [1, 2, 4]
     assert bars(figure) == pytest.approx({i: details.frame_weights[1, i].item() for i in (1, 2, 4)})
-    figure = plot.tsa_mask(details, walking, clip=1)
+    figure = plot.maps(details, walking, kinds=m.aggregator.maps, clip=1)  # without the finer ones
     assert pictures(figure) == [1, 2, 4]
+    (matrix,) = panels(figure)
     keep = torch.tensor([1, 2, 4])
+    want = details.maps["tsa"][1][keep][:, keep].detach()
+    np.testing.assert_allclose(2 ** matrix[0] / 3, want.clip(1 / 12, 4 / 3), rtol=1e-5)  # the scale ends there
     axes = labelled(figure, "from frame")
-    np.testing.assert_array_equal(axes.images[0].get_array(), details.maps["tsa"][1][keep][:, keep].detach())
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
 
 
-@pytest.mark.parametrize(("figure", "rows"), [("laq_parts", 2), ("correlation_maps", 3), ("fgra_regions", 4)])
-def test_padding_has_no_picture(figure, rows):
-    clip = ClipConfig(length=10, fill="mask")
-    drawn = getattr(plot, figure)(model(OF_A_MODEL[figure], clip), walk(4))
-    assert pictures(drawn) == [0, 1, 2, 3] * rows
-    if figure == "fgra_regions":
-        assert [len(line.get_xdata()) for line in labelled(drawn, "score").lines] == [4] * 4
+def test_maps_of_any_axes_are_drawn():
+    singles = [axes for n in (1, 2) for axes in itertools.combinations(AXES[::-1], n)]
+    more = [axes for n in (3, 4) for axes in itertools.combinations(AXES, n)]
+    kinds = {
+        str(axes): MapKind(axes, VALUES[i % 4], "it", axes[0] if i % 4 == 1 else None) for i, axes in enumerate(singles)
+    }
+    kinds |= {str(axes): MapKind(axes, "unit", "it") for axes in more[::9]}
+    maps = {name: torch.from_numpy(values_of(kind.axes))[None] for name, kind in kinds.items()}
+    details = Details(torch.zeros(1, C), torch.ones(1, T, dtype=torch.bool), torch.full((1, T), 1 / T), maps, {})
+    figure = plot.maps(details, walk(T), list(maps), kinds=kinds)
+    assert len(panels(figure)) >= len(maps) - 1  # ("frames",) is drawn by bars
 
 
-def test_the_mask_of_tsa_has_its_sources_in_rows():
-    m, walking = model("gltr"), walk(7)
-    figure = plot.tsa_mask(m, walking)
-    axes = labelled(figure, "from frame")
-    M = axes.images[0].get_array()
-    np.testing.assert_allclose(M, details_of(m, walking).maps["tsa"][0], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(M.sum(0), 1, rtol=1e-5)  # what a column takes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("to frame", "from frame")
-    assert axes.images[0].origin == "upper"
+@pytest.mark.parametrize("axes", list(itertools.permutations(("frames", "height", "width"))))
+def test_space_lies_over_the_frames(axes):
+    x = values_of(axes)
+    figure = drawn(MapKind(axes, "unit", "it"), x)
+    assert pictures(figure) == REAL
+    want = x.transpose([axes.index(axis) for axis in ("frames", "height", "width")])
+    (panel,) = panels(figure)
+    np.testing.assert_array_equal(panel, want[REAL])
+    over = figure.axes[-1]
+    assert [image.get_extent() for image in over.images[:4]] == [image.get_extent() for image in over.images[4:]]
+    assert [image.get_extent() for image in over.images[:4]] == [i.get_extent() for i in figure.axes[0].images]
 
 
-@pytest.mark.parametrize("length", [1, 12])
-def test_the_mask_of_tsa_stands_below_its_frames_on_a_scale_from_zero(length):
-    figure = plot.tsa_mask(model("gltr", ClipConfig(test_sampling="all")), walk(length))
+def test_other_axes_have_rows():
+    x = values_of(("directions", "frames", "height", "width"))
+    figure = drawn(MapKind(("directions", "frames", "height", "width"), "unit", "it"), x)
+    for i, name in enumerate(("forward", "backward")):
+        maps = [image.get_array() for image in labelled(figure, name).images[4:]]
+        np.testing.assert_array_equal(maps, x[i][REAL])
+    x = values_of(("frames", "height", "width", "regions"))
+    figure = drawn(MapKind(("frames", "height", "width", "regions"), "unit", "it"), x)
+    for i in range(3):
+        axes = labelled(figure, f"region {i + 1}")
+        np.testing.assert_array_equal([image.get_array() for image in axes.images[4:]], x[REAL][..., i])
+        (stripe,) = axes.lines  # framed where the region stands in the first frame, from top to bottom
+        _, _, low, high = axes.images[0].get_extent()
+        ends = [high - (high - low) * k / 3 for k in (i + 1, i)]
+        np.testing.assert_allclose(sorted(set(stripe.get_ydata())), ends)
+
+
+def test_many_rows_are_a_choice_that_is_told():
+    figure = drawn(MapKind(("frames", "features", "height", "width"), "unit", "it"), np.zeros((T, 40, 4, 2)))
+    assert len(panels(figure)) == plot.ROWS
+    assert headings(figure)[0].endswith("(8 of 40 drawn)")
+
+
+@pytest.mark.parametrize("axes", [("frames", "sources"), ("sources", "frames")])
+def test_a_matrix_has_its_sources_in_rows(axes):
+    x = values_of(axes)
+    figure = drawn(MapKind(axes, "unit", "it"), x)
+    (panel,) = panels(figure)
+    want = x if axes[0] == "sources" else x.T
+    np.testing.assert_array_equal(panel[0], want[REAL][:, REAL])
+    matrix = labelled(figure, "from frame")
+    assert matrix.get_xlabel() == "to frame"
+    assert matrix.images[0].origin == "upper"
     figure.draw_without_rendering()
-    axes = labelled(figure, "from frame")
-    low, high = axes.images[0].get_clim()
-    assert low == 0
-    assert high == pytest.approx(axes.images[0].get_array().max())
-    box = axes.get_window_extent()
-    assert abs((box.x0 + box.x1) / 2 / figure.bbox.width - 0.5) < 0.1
+    rows = [axes for axes in figure.axes[1:] if any(image.get_array().ndim == 3 for image in axes.images)]
+    assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in rows] == REAL  # each beside its row
+    middles = [(axes.bbox.y0 + axes.bbox.y1) / 2 for axes in rows]
+    np.testing.assert_allclose(middles, [matrix.transData.transform((0, i))[1] for i in range(4)], atol=0.5)
 
 
-def test_correlation_maps_are_high_and_low():
-    m, walking = model("grl", ClipConfig(test_sampling="all")), walk(5)
-    R = details_of(m, walking).maps["correlation"][0].numpy()
-    for figure in (plot.correlation_maps(m, walking), plot.correlation_maps(details_of(m, walking), walking)):
-        assert pictures(figure) == [0, 1, 2, 3, 4] * 3
-        np.testing.assert_allclose(overlays(figure), np.concatenate([R, 1 - R]), rtol=1e-5)
-        assert (
-            len({image.get_clim() for axes in figure.axes if len(axes.images) == 2 for image in axes.images[1:]}) == 2
+@pytest.mark.parametrize(("grid", "parts"), [((16, 8), 12), ((16, 8), 16), ((5, 3), 15), ((2, 2), 6)])
+def test_parts_lie_in_reading_order(grid, parts):
+    x = np.random.default_rng(0).random((3, parts))
+    got = plot._laid_out(x, grid)
+    pixels = grid[0] * grid[1]
+    for t, row, column in itertools.product(range(3), *map(range, grid)):
+        i = row * grid[1] + column
+        part = i // (pixels // parts) if parts <= pixels else i * parts // pixels
+        np.testing.assert_equal(got[t, row, column], x[t, part] if part < parts else np.nan)
+
+
+def test_parts_lie_over_the_frames_and_what_is_left_is_grey():
+    x = np.random.default_rng(0).random((T, 12), np.float32)
+    figure = drawn(MapKind(("frames", "parts"), "signed", "it"), x)
+    (panel,) = panels(figure)
+    np.testing.assert_array_equal(panel, plot._laid_out(x[REAL], SIZE))
+    assert np.isnan(panel[:, -1]).any()
+    assert to_hex(figure.axes[-1].images[-1].to_rgba(np.ma.masked_all(1))[0]) == "#808080"
+
+
+@pytest.mark.parametrize("axes", [("frames", "regions"), ("regions", "frames")])
+def test_regions_are_stripes_and_curves(axes):
+    x = values_of(axes)
+    figure = drawn(MapKind(axes, "amount", "it"), x)
+    curves = (x if axes[0] == "frames" else x.T)[REAL]
+    (panel,) = panels(figure)
+    np.testing.assert_array_equal(panel, curves[..., None])
+    lines = [line.get_ydata() for line in figure.axes[-1].lines]
+    np.testing.assert_array_equal(lines, curves.T)
+    assert [text.get_text() for text in figure.axes[-1].get_legend().texts] == ["region 1", "region 2", "region 3"]
+
+
+def test_features_over_time_have_their_first_principal_component():
+    x = values_of(("frames", "features")) - 0.5
+    figure = drawn(MapKind(("frames", "features"), "signed", "it"), x)
+    image, strip = panels(figure)
+    np.testing.assert_array_equal(image[0], x[REAL].T)
+    centred = x[REAL] - x[REAL].mean(0)
+    U, S, _ = np.linalg.svd(centred.astype(float), full_matrices=False)
+    want = U[:, 0] * S[0] / np.linalg.norm(x[REAL], axis=1).mean()
+    np.testing.assert_allclose(abs(strip[0, 0]), abs(want), rtol=1e-4)
+    assert figure.axes[-1].images[0].get_clim() == (-1, 1)
+    assert f"PC 1, {100 * S[0] ** 2 / (S**2).sum():.0f} %" in figure.axes[-1].get_ylabel().replace("\n", " ")
+
+
+def test_weights_of_frames_stand_side_by_side():
+    m = model("loga", clip_length=4)
+    figure = plot.maps(m, walk(4))
+    details = details_of(m, walk(4))
+    (axes,) = (axes for axes in figure.axes if axes.patches)
+    for group, want in zip(
+        axes.containers, (details.frame_weights, details.maps["laq"], details.maps["gcq"]), strict=True
+    ):
+        np.testing.assert_allclose([bar.get_height() for bar in group], want[0], rtol=1e-5)
+    labels = [text.get_text().replace("\n", " ") for text in axes.get_legend().texts]
+    assert labels == ["frame weights", "LAQ's w_l (Eq. 6)", "GCQ's w_g (Eq. 7)"]
+    assert axes.lines[0].get_ydata() == pytest.approx([1 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "limits", "says"),
+    [
+        ("unit", [0.1, 0.2, 0.2, 0.9], (0, 1), "0.1 to 0.9"),
+        ("unit", [0.49, 0.5, 0.51, 0.5], (0, 1), "no structure, 0.5 to within 0.01"),
+        ("signed", [-0.5, 0.1, 0.2, 0.2], (-0.5, 0.5), "-0.5 to 0.2"),
+        ("signed", [-3e-9, 2e-9, 1e-9, 0], (-1, 1), "no structure"),
+        ("signed", [2.0, 2.01, 2.02, 2.0], (-2.02, 2.02), "no structure, 2 to within 0.01"),
+        ("amount", [1.0, 4.0, 2.0, 3.0], (0, 4), "1 to 4"),
+        ("amount", [0.0, 0.0, 0.0, 0.0], (0, 1), "no structure, 0 to within 0"),
+        ("share", [0.7, 0.1, 0.1, 0.1], (-2, 2), "0.4 to 2.8 times uniform"),
+        ("share", [0.26, 0.24, 0.25, 0.25], (-2, 2), "uniform to within 4 %"),
+    ],
+)
+def test_a_colour_means_the_same_and_noise_is_called_noise(kind, values, limits, says):
+    maps = np.zeros((T, 4, 2), np.float32)
+    maps[REAL] = np.array(values)[:, None, None]
+    figure = drawn(MapKind(("frames", "height", "width"), kind, "it", "frames" if kind == "share" else None), maps)
+    assert headings(figure)[0].startswith(f"it: {says}")
+    (image, *_) = figure.axes[-1].images[4:]
+    assert image.get_clim() == pytest.approx(limits)
+    (bar,) = (axes for axes in figure.axes if axes.images and axes.images[0].get_array().shape == (256, 1))
+    assert bar.images[0].get_extent()[2:] == pytest.approx(limits)
+    assert bar.images[0].get_cmap().name == image.get_cmap().name
+    if kind == "share":  # double and half are as far from the middle; beyond a quarter and four times is all one
+        np.testing.assert_allclose(
+            panels(figure)[0][:, 0, 0], np.log2(np.clip(4 * np.array(values), 1 / 4, 4)), atol=1e-5
         )
 
 
-@pytest.mark.parametrize("quality", ["frames", "features"])
-def test_parts_of_laq_lie_where_they_were_read(quality):
-    m, walking = model("loga", clip_length=4, part_size=10, quality=quality), walk(4)
-    figure = plot.laq_parts(m, walking)
-    maps = overlays(figure)
-    H, W = SIZE if quality == "frames" else (8, 4)
-    assert maps.shape == (4, H, W)
-    flat = maps.reshape(4, -1)
-    whole = H * W // 10
-    image = next(axes.images[1] for axes in figure.axes if len(axes.images) == 2)
-    assert to_hex(image.to_rgba(np.ma.masked_all(1))[0]) == "#808080"
-    assert np.isnan(flat[:, 10 * whole :]).all()
-    assert not np.isnan(flat[:, : 10 * whole]).any()
-    frames = torch.stack(walking.load(range(4))) / 255
-    read = (frames if quality == "frames" else m.encode_frames(frames)).mean(1).flatten(1)  # Eq. 5, part by part
-    convolution = m.aggregator.laq.convolution
-    for k in range(whole):
-        scores = (convolution.weight * read[:, 10 * k : 10 * (k + 1)]).sum((1, 2)) + convolution.bias
-        want = np.repeat(scores.detach().numpy()[:, None], 10, 1)
-        np.testing.assert_allclose(flat[:, 10 * k : 10 * (k + 1)], want, rtol=1e-4, atol=1e-5)
-
-
-def test_regions_of_fgra():
-    m, walking = model("fgra", ClipConfig(test_sampling="all"), num_regions=3, reduced_features=4), walk(5)
-    figure = plot.fgra_regions(m, walking)
-    assert pictures(figure) == [0, 1, 2, 3, 4] * 3
-    details = details_of(m, walking)
-    features = m.encode_frames(torch.stack(walking.load(range(5))) / 255)[None]
-    _, scores = m.aggregator.gam(features, details.supervised["templates"])
-    gates = overlays(figure).reshape(3, 5, 8, 4)
-    np.testing.assert_allclose(gates.mean((2, 3)), scores[0].mean(2).T.detach(), rtol=1e-5)  # Eq. 5
-    images = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
-    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
-    assert [image.get_clim() for image in images[::5]] == [axes.get_ylim() for axes in bars]  # a scale for each region
-    lines = labelled(figure, "score").lines
-    curves = np.array([line.get_ydata() for line in lines])
-    np.testing.assert_allclose(curves, details.maps["region_scores"][0].T, rtol=1e-5)
-    boxes = [(axes.get_ylabel(), *axes.patches) for axes in figure.axes if axes.images and axes.patches]
-    weights = details.maps["region_weights"][0]
-    assert [label for label, _ in boxes] == [f"region {n + 1}\nweight {weights[n]:.3f}" for n in range(3)]
-    rows = [box.get_extents().transformed(box.axes.transData.inverted()).get_points()[:, 1] for _, box in boxes]
-    # Of 8 rows of the map, 2 pixels each: 0-2, 2-5, 5-7 (floor and ceiling of thirds).
-    np.testing.assert_allclose(np.sort(rows), [[-0.5, 5.5], [3.5, 11.5], [9.5, 15.5]])
-
-
-def test_plain_stripes_have_frames_and_no_gates():
-    clip = ClipConfig(length=4, test_sampling="all")
-    figure = plot.fgra_regions(
-        model("fgra", clip, local_branch="stripes", temporal="average", spatial="concatenation"), walk(3)
-    )
-    assert len(overlays(figure)) == 0
-    assert sum(len(axes.patches) for axes in figure.axes if axes.images) == 4 * 3
-
-
 @pytest.mark.parametrize("length", [1, 40])
-@pytest.mark.parametrize("name", OF_A_MODEL)
+@pytest.mark.parametrize(
+    "name", ["mean", *(n for n in temporal_agg.list_aggregators() if create_aggregator(n, C).maps)]
+)
 @pytest.mark.filterwarnings("error::UserWarning")  # what does not fit is told by a warning
 def test_any_length_fits_the_page(name, length):
-    m = model(OF_A_MODEL[name], None if name == "laq_parts" else ClipConfig(test_sampling="all"))
-    figure = getattr(plot, name)(m, walk(length), shown=5)
-    assert cut_off(figure) == []
-    assert len(set(pictures(figure))) == min(length, 5)
-    assert figure.get_figwidth() <= 7
+    m = model(name, ClipConfig(test_sampling="all") if name != "loga" else None)
+    for figure in (plot.maps(m, walk(length), shown=5), plot.frame_weights(m, walk(length), shown=5)):
+        assert faults(figure) == []
+        assert len(set(pictures(figure))) == min(length, 5)
+        assert figure.get_figwidth() <= 7
 
 
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("figure", ["laq_parts", "correlation_maps"])
-def test_a_map_stands_below_its_frame(figure, length):
-    clip = ClipConfig(length=10, fill="mask")
-    drawn = getattr(plot, figure)(model(OF_A_MODEL[figure], clip), walk(length))
-    drawn.draw_without_rendering()
-    places = [axes.get_window_extent().x0 for axes in drawn.axes if axes.images]
-    rows = np.array(places[: len(places) // length * length]).reshape(-1, length)
-    assert np.ptp(rows, axis=0).max() < 1
+@pytest.mark.parametrize("options", [{}, {"directions": ["backward", "forward"]}, {"directions": ["backward"]}])
+def test_the_memory_of_grl_has_a_row_for_each_direction(options):
+    m, walking = model("grl", ClipConfig(test_sampling="all"), **options), walk(4)
+    figure = plot.maps(m, walking, ["memory"])
+    memory = details_of(m, walking).maps["memory"][0]
+    np.testing.assert_allclose(np.array(panels(figure)).reshape(memory.shape), memory, rtol=1e-4, atol=1e-6)
+    if "directions" not in options:
+        assert [axes.get_ylabel() for axes in figure.axes if len(axes.images) == 8] == ["forward", "backward"]
+
+
+def test_names_choose_the_maps_and_their_order():
+    m = model("gltr", ClipConfig(test_sampling="all"))
+    assert [text.split(":")[0] for text in headings(plot.maps(m, walk(3), ["mean", "tsa"]))] == [
+        "f, their mean (Eq. 4)",
+        "TSA's mask M (Eq. 3)",
+    ]
+    assert len(headings(plot.maps(m, walk(3)))) == 1 + len(m.aggregator.maps)
+
+
+def test_repeated_frames_are_drawn_as_often_as_they_are_read():
+    figure = plot.maps(model("mean", ClipConfig(length=5, fill="repeat")), walk(3))
+    assert pictures(figure) == [0, 1, 2, 0, 1]
+    (axes,) = (axes for axes in figure.axes if axes.patches)
+    assert [round(bar.get_x() + bar.get_width() / 2) for bar in axes.patches] == [0, 1, 2, 3, 4]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "0", "1"]
+
+
+def test_the_map_of_a_stranger_is_drawn():
+    class Stranger(Aggregator):
+        maps: ClassVar = {"edges": MapKind(("frames", "height", "width"), "amount", "edges")}
+        needs_maps = True
+
+        def __init__(self):
+            super().__init__(C, C)
+
+        def aggregate(self, features, mask, frames):
+            weights = mask / mask.sum(1, keepdim=True)
+            return Details((features.mean((3, 4)) * weights[..., None]).sum(1), mask, weights, {}, {})
+
+        def finer_maps(self, features, mask, frames, details):
+            return {"edges": features.abs().mean(2)}
+
+    m = TrackletModel(Encoder(), Stranger(), ClipConfig(test_sampling="all"))
+    features = m.encode_frames(torch.stack(walk(3).load(range(3))) / 255)
+    (panel,) = panels(plot.maps(m, walk(3)))
+    np.testing.assert_allclose(panel, features.abs().mean(1).detach(), rtol=1e-5)
 
 
 def test_the_model_keeps_its_mode_and_gradients_stay_out():
     m = model("gltr").train()
     m.aggregator.embed.eval()
     before = {key: value.clone() for key, value in m.state_dict().items()}
-    plot.tsa_mask(m, walk(3))
+    plot.maps(m, walk(3))
     assert m.training
     assert not m.aggregator.embed.training
     assert all(torch.equal(value, before[key]) for key, value in m.state_dict().items())
@@ -398,45 +520,24 @@ def test_a_model_embeds_its_tracklets_for_the_map():
     np.testing.assert_allclose(distances(got), distances(want), atol=1e-6)
 
 
-def test_errors_name_the_models_that_have_it():
-    for name in plot.FOR:
-        with pytest.raises(ValueError, match=f"{name}: Mean, this model has nothing.*{plot.FOR[name]}"):
-            getattr(plot, name)(model("mean"), walk(3))
-    with pytest.raises(ValueError, match="these details have nothing"):
-        plot.tsa_mask(details_of(model("mean"), walk(3)), walk(3))
-
-
-@pytest.mark.parametrize("name", temporal_agg.list_aggregators())
-def test_the_models_that_errors_name_are_all_there_are(name):
-    m = model(name)
-    for figure, whom in plot.FOR.items():
-        if name in whom.replace(" with", ",").split(", ")[0].split(" and ") or name in whom.split():
-            getattr(plot, figure)(m, walk(3))
-        else:
-            with pytest.raises(ValueError, match=figure):
-                getattr(plot, figure)(m, walk(3))
-
-
-@pytest.mark.parametrize("options", [{"name": "gltr", "tsa": False}, {"name": "loga", "assembly": "gcq"}])
-def test_parts_that_were_left_out_of_a_model(options):
-    figure = {"gltr": plot.tsa_mask, "loga": plot.laq_parts}[options["name"]]
-    with pytest.raises(ValueError, match="nothing to draw"):
-        figure(model(**options), walk(3))
-
-
 def test_what_cannot_be_drawn():
     m, walking = model("gltr"), walk(3)
+    details = details_of(m, walking)
     with pytest.raises(TypeError, match=r"got GLTR. An aggregator alone sees no images"):
         plot.frame_weights(m.aggregator, walking)
-    with pytest.raises(TypeError, match="expected a TrackletModel"):
-        plot.fgra_regions(details_of(m, walking), walking)
     with pytest.raises(ValueError, match="clips of 3 frames, padding included; got 2 frames"):
-        plot.frame_weights(details_of(m, walking), walk(2))
+        plot.maps(details, walk(2), kinds=m.aggregator.maps)
     for clip in (-1, 1):
         with pytest.raises(ValueError, match=f"there are 1 clips: clip must be 0 to 0, got {clip}"):
-            plot.tsa_mask(m, walking, clip=clip)
+            plot.maps(m, walking, clip=clip)
     with pytest.raises(ValueError, match="at least 1 frame, got 0"):
-        plot.tsa_mask(m, walking, shown=0)
+        plot.maps(m, walking, shown=0)
+    with pytest.raises(ValueError, match="no map laq here; there are frame_weights, tsa, embedded"):
+        plot.maps(m, walking, ["tsa", "laq"])
+    with pytest.raises(ValueError, match=r"what tsa, .* means: pass kinds=aggregator.maps"):
+        plot.maps(details, walking)
+    with pytest.raises(ValueError, match=re.escape("map it must have the axes ('frames', 'regions') behind the batch")):
+        drawn(MapKind(("frames", "regions"), "unit", "it"), np.zeros(T))
     with pytest.raises(ValueError, match=r"got \[3, 2\] and \[2\]"):
         plot.embedding_map(torch.zeros(3, 2), [1, 2])
     with pytest.raises(ValueError, match="expected embeddings"):

@@ -21,16 +21,18 @@ MAY_IMPORT = {
     "aggregators": {"data", "losses", "masked"},  # of data: ClipConfig, which is no data but how to cut it
     "models": {"_files", "_version", "aggregators", "masked"},
     "data": {"_files"},
-    "retrieval": set(),
+    "retrieval": {"_files", "data"},  # _files: the store; data: at need, for tracklets
     "inference": {"aggregators", "models", "data", "retrieval"},
     "export": {"_files", "_version", "aggregators", "models"},
     "plot": {"aggregators", "models", "data", "retrieval", "inference"},
-    "cli": {"_files", "_version", "aggregators", "models", "data", "retrieval", "inference"},
+    "_embed": {"_files", "_version", "models", "data", "retrieval", "inference"},
+    "cli": {"_embed", "_files", "_version", "aggregators", "models", "data", "retrieval"},
 }
 ANYWHERE = {"einops", "numpy", "torch"}
 THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "models": {"huggingface_hub", "safetensors", "timm"},
     "data": {"PIL", "h5py", "scipy", "torchvision"},
+    "retrieval": {"PIL", "faiss", "pyarrow"},
     "inference": {"tqdm"},
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
@@ -138,7 +140,7 @@ def test_the_import_scan_sees_every_form(tmp_path, monkeypatch):
 
 def test_importing_does_nothing_and_needs_no_extra():
     heavy = ["accelerate", "h5py", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorboard"]
-    heavy += ["tqdm", "yaml"]
+    heavy += ["pyarrow", "tqdm", "yaml"]
     # timm and huggingface_hub import some of them themselves.
     code = (
         "import sys\n"

@@ -177,7 +177,9 @@ def _correlation(gce: nn.Module, x: Tensor) -> Tensor:
     clip = _layers(gce.embed, x.mean((1, 3, 4)))[:, None, :, None, None]  # Eq. 1
     clip = clip.expand(-1, x.shape[1], -1, *x.shape[3:])
     joined = torch.cat([x, clip] if gce.released else [clip, x], 2)
-    return _layers(gce.correlate, gce.join(joined.flatten(0, 1))).sigmoid().unflatten(0, x.shape[:2])  # Eq. 2
+    weights = [gce.join.weight, gce.join_clip.weight[..., None, None]]
+    weight = torch.cat(weights if gce.released else weights[::-1], 1)
+    return _layers(gce.correlate, F.conv2d(joined.flatten(0, 1), weight)).sigmoid().unflatten(0, x.shape[:2])  # Eq. 2
 
 
 def _residual_blocks(emu: nn.Module) -> list[list[Callable[[Tensor], Tensor]]]:

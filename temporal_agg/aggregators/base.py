@@ -11,6 +11,7 @@ Conventions shared by all aggregators:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -34,8 +35,8 @@ class MapKind:
 
     Attributes:
         axes: in order, of ``frames``, ``sources`` (the frames that a frame takes from), ``height`` and ``width``
-            (places of the feature map), ``regions``, ``parts`` (of the frame, in reading order), ``directions`` (of
-            time) and ``features``.
+            (places of the feature map), ``regions`` (of the frame, from top to bottom), ``parts`` (of the frame, in
+            reading order), ``directions`` (of time, forward and backward) and ``features``.
         values: ``unit``: from 0 to 1, each by itself; ``share``: from 0, with the sum 1 over the axis ``over``;
             ``signed``: around 0; ``amount``: from 0.
         title: what a figure calls it, with the paper's letter and equation.
@@ -227,7 +228,8 @@ class Criterion(nn.Module):
     """Base class of a training criterion: what an aggregator hands out, plus identities -> loss terms by name.
 
     A subclass implements :meth:`terms` and says how the terms are weighted. It stands in its paper's file, and is
-    registered with the aggregator. Terms are computed in at least float32, whatever the autocast type.
+    registered with the aggregator. Terms are computed in at least float32, whatever the autocast type and the type of
+    the parameters, and in float64 where the details or the parameters have it.
 
     Args:
         num_classes: identities in the training set; labels are 0 to ``num_classes - 1``.
@@ -261,8 +263,20 @@ class Criterion(nn.Module):
             ValueError: not one label for each clip, or labels out of range (checked in eager mode only).
         """
         self._check(details, labels)
-        supervised = {name: masked.at_least_float32(tensor) for name, tensor in details.supervised.items()}
-        details = details._replace(embedding=masked.at_least_float32(details.embedding), supervised=supervised)
+        own = dict(chain(self.named_parameters(), self.named_buffers()))
+        own = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+        dtype = torch.float32
+        for tensor in (details.embedding, *details.supervised.values(), *own.values()):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        if other := {name: tensor.to(dtype) for name, tensor in own.items() if tensor.dtype != dtype}:
+            terms = torch.func.functional_call(self, other, (details, labels))
+            with torch.no_grad():  # what a norm has learned
+                for name, buffer in self.named_buffers():
+                    if name in other:
+                        buffer.copy_(other[name])
+            return terms
+        supervised = {name: tensor.to(dtype) for name, tensor in details.supervised.items()}
+        details = details._replace(embedding=details.embedding.to(dtype), supervised=supervised)
         with torch.autocast(details.embedding.device.type, enabled=False):
             terms = self.terms(details, labels)
         total = sum(
@@ -277,8 +291,9 @@ class Criterion(nn.Module):
     def after_step(self) -> None:
         """To be called after each optimizer step: what is updated outside autograd (lookup tables) is updated now."""
         for module in self.modules():
-            if module is not self and hasattr(module, "after_step"):
-                module.after_step()
+            step = getattr(module, "after_step", None)
+            if module is not self and callable(step):
+                step()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters for an optimizer; a group has options of its own where the paper trains it by other ones."""

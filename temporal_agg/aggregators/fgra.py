@@ -33,6 +33,43 @@ PAPER = Paper(
 )
 
 
+class _SimilarityNorm(masked.BatchNorm):
+    """The BatchNorm of the similarity maps template * map, as what it makes of a map: slope * map + offset."""
+
+    def forward(  # type: ignore[override]
+        self, maps: Tensor, templates: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``maps``, ``templates`` and ``mask`` of :meth:`GAM.forward` -> slope ``[B, N_s, C]`` and offset ``[C]``, in
+        at least float32."""
+        templates = masked.at_least_float32(templates)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self._moments(maps, templates, mask)
+        scale = self.weight * torch.rsqrt(var.to(templates.dtype) + self.eps)
+        return templates * scale, self.bias - mean * scale
+
+    def _moments(self, maps: Tensor, templates: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of all similarity maps, ``[C]`` each; moves the running statistics."""
+        B, T, _, H, W = maps.shape
+        N = templates.shape[1]
+        if B * T * N * H * W == 1:
+            raise ValueError(
+                f"BatchNorm needs more than one value per channel in training, got maps {list(maps.shape)} and one "
+                "region: use batches of at least two clips, or call .eval()."
+            )
+        if mask is None:
+            mask = masked.all_real(maps)
+        real, frames = mask[:, :, None, None], mask.sum()
+        frame_mean, frame_var = (moment.unsqueeze(2) for moment in _FrameMoments.apply(maps))
+        region_mean = templates.unsqueeze(1) * frame_mean  # [B, T, N_s, C]
+        region_var = templates.unsqueeze(1).square() * frame_var
+        maps_in_all = frames.clamp(min=1) * N
+        mean = torch.where(real, region_mean, 0).sum((0, 1, 2)) / maps_in_all
+        var = torch.where(real, region_var + (region_mean - mean).square(), 0).sum((0, 1, 2)) / maps_in_all
+        self.update(mean, var, frames * (N * H * W))
+        return mean, var
+
+
 class GAM(nn.Module):
     """Guide alignment module: region-aligned features and similarity scores (Eqs. 1, 2, 5).
 
@@ -47,7 +84,7 @@ class GAM(nn.Module):
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.norm = masked.BatchNorm(num_features)
+        self.norm = _SimilarityNorm(num_features)
 
     def forward(self, maps: Tensor, templates: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Aligns every frame with every template of its clip.
@@ -69,37 +106,9 @@ class GAM(nn.Module):
                 "expected maps [B, T, C, H, W] and templates [B, N_s, C], got "
                 f"{list(maps.shape)} and {list(templates.shape)}."
             )
-        norm = self.norm
-        templates = masked.at_least_float32(templates)
-        if self.training:
-            mean, var = self._moments(maps, templates, mask)
-        else:
-            mean, var = norm.running_mean, norm.running_var
-        scale = norm.weight * torch.rsqrt(masked.at_least_float32(var) + norm.eps)
-        # Eq. 1 and the BatchNorm: scale * (template * map - mean) + bias.
-        regions, scores = _GatedMeans.apply(maps, templates * scale, norm.bias - mean * scale)
+        # Eq. 1 and the BatchNorm: slope * map + offset.
+        regions, scores = _GatedMeans.apply(maps, *self.norm(maps, templates, mask))
         return regions.to(maps.dtype), scores
-
-    def _moments(self, maps: Tensor, templates: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """BatchNorm's mean and biased variance of all similarity maps, ``[C]`` each; moves the running statistics."""
-        B, T, _, H, W = maps.shape
-        N = templates.shape[1]
-        if B * T * N * H * W == 1:
-            raise ValueError(
-                f"BatchNorm needs more than one value per channel in training, got maps {list(maps.shape)} and one "
-                "region: use batches of at least two clips, or call .eval()."
-            )
-        if mask is None:
-            mask = masked.all_real(maps)
-        real, frames = mask[:, :, None, None], mask.sum()
-        frame_mean, frame_var = (moment.unsqueeze(2) for moment in _FrameMoments.apply(maps))
-        region_mean = templates.unsqueeze(1) * frame_mean  # [B, T, N_s, C]
-        region_var = templates.unsqueeze(1).square() * frame_var
-        maps_in_all = frames.clamp(min=1) * N
-        mean = torch.where(real, region_mean, 0).sum((0, 1, 2)) / maps_in_all
-        var = torch.where(real, region_var + (region_mean - mean).square(), 0).sum((0, 1, 2)) / maps_in_all
-        self.norm.update(mean, var, frames * (N * H * W))
-        return mean, var
 
 
 class _FrameMoments(torch.autograd.Function):
@@ -380,6 +389,9 @@ class FGRA(Aggregator):
         self.num_regions = num_regions
         self.local_branch = local_branch
         self.maps = {}
+        if local_branch == "aligned":
+            gates = "gates of GAM (Eqs. 1, 2), mean over the channels"
+            self.maps["gates"] = MapKind(("regions", "frames", "height", "width"), "unit", gates)
         if local_branch is not None:
             self.maps["region_scores"] = MapKind(("frames", "regions"), "share", "weight in a region", over="frames")
             if spatial == "attention":
@@ -431,3 +443,18 @@ class FGRA(Aggregator):
             if frame_weights is None:
                 frame_weights = weights.mean(2)
         return Details(torch.cat(vectors, 1), mask, frame_weights, maps, supervised)  # Eq. 9
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """``gates`` ``[B, N_s, T, H, W]``: where each template is found, the mean of M (Eq. 2) over the channels; with
+        BatchNorm's running statistics."""
+        if self.gam is None:
+            return {}
+        norm = self.gam.norm
+        scale = norm.weight * torch.rsqrt(masked.at_least_float32(norm.running_var) + norm.eps)
+        offset = norm.bias - norm.running_mean * scale
+        gates = torch.empty_like(features, dtype=scale.dtype)
+        maps = []
+        for slope in (details.supervised["templates"] * scale).unbind(1):
+            _fill_gates(gates, features, slope[:, None, :, None, None], offset)
+            maps.append(masked.zero(gates.mean(2), mask))
+        return {"gates": torch.stack(maps, 1)}

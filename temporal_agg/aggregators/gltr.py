@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import masked
 from .base import (
@@ -43,6 +44,9 @@ PAPER = Paper(
         "ls-vid": (63.07, 44.32),
     },
 )
+
+WHOLE = 512  # frames up to which M [B, T, T] is made at once
+BLOCK = 2**22  # entries of a block of M beyond
 
 # M[s, t]: what frame t takes from frame s.
 _TSA_MAP = MapKind(("sources", "frames"), "share", "TSA's mask M (Eq. 3)", over="sources")
@@ -107,10 +111,10 @@ class DTP(nn.Module):
         compact = masked.take(masked.zero(x, mask), order).mT  # [B, d, T]
         if self.kind == "pooling":
             real = mask.gather(1, order)[:, None].to(x.dtype)
-            y = [self._pooled(compact, real, r, branch) for r, branch in zip(self.rates, self.branches, strict=True)]
+            scales = [self._pooled(compact, real, r, conv) for r, conv in zip(self.rates, self.branches, strict=True)]
         else:
-            y = [branch(compact) for branch in self.branches]  # Eq. 5
-        y = torch.cat([compact, *y] if self.keep_input else y, 1).mT  # Eq. 6
+            scales = [branch(compact) for branch in self.branches]  # Eq. 5
+        y = torch.cat([compact, *scales] if self.keep_input else scales, 1).mT  # Eq. 6
         return masked.zero(masked.take(y, order.argsort(1)), mask)
 
     @staticmethod
@@ -160,33 +164,59 @@ class TSA(nn.Module):
 
     def relations(self, x: Tensor, mask: Tensor) -> Tensor:
         """M ``[B, T, T]``, at least float32: what frame t (last index) takes from frame s; 0 at padding."""
-        B = self.b_norm(self.b(x), mask).relu()
-        C = self.c_norm(self.c(x), mask).relu()
-        logits = C @ B.mT  # M[s, t] = C_s . B_t
-        source = mask[:, :, None]
+        return self._relate(*self._pairs(x, mask), mask, mask)
+
+    def _pairs(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the sources and what the targets bring to Eq. 7's M: C and B, ``[B, T, hidden]``."""
+        return self.c_norm(self.c(x), mask).relu(), self.b_norm(self.b(x), mask).relu()
+
+    def _relate(self, sources: Tensor, targets: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        logits = sources @ targets.mT  # M[s, t] = C_s . B_t
+        source, target = source[:, :, None], target[:, None]
         M = masked.softmax(logits, source, dim=1) if self.normalize == "softmax" else masked.at_least_float32(logits)
-        return torch.where(source & mask[:, None], M, 0)
+        return torch.where(source & target, M, 0)
+
+    def _given(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Eq. 8's m ``[B, T]``, how much each frame gives, over the number of frames; and M, unless T is large.
+
+        A long tracklet's M is made, summed and forgotten in blocks of targets, in the backward pass too.
+        """
+        count = mask.sum(1, keepdim=True)
+        if masked.is_compiling() or x.shape[1] <= WHOLE:
+            M = self.relations(x, mask)
+            return M.sum(2) / count, M
+        sources, targets = self._pairs(x, mask)
+
+        def given(sources: Tensor, targets: Tensor, target: Tensor) -> Tensor:
+            return self._relate(sources, targets, mask, target).sum(2)
+
+        size = max(1, BLOCK // mask.numel())
+        m = torch.zeros_like(mask, dtype=masked.at_least_float32(x).dtype)
+        for some, target in zip(targets.split(size, 1), mask.split(size, 1), strict=True):
+            m = m + checkpoint(given, sources, some, target, use_reentrant=False)
+        return m / count, None
 
     def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """Eq. 7 for every frame, ``[B, T, N*d]``."""
         return masked.zero(self.restore(M.mT.to(x.dtype) @ self.value(x)) + x, mask)  # Eq. 7
 
-    def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
-        """The mean of Eq. 7 over the real frames, ``[B, N*d]``.
+    def mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mean of Eq. 7 over the real frames, ``[B, N*d]``, Eq. 8's m ``[B, T]``, and M unless T is large.
 
         Both convolutions are linear and M only mixes frames, so the mean goes first: m(s) = sum_t M[s, t] weighs the
         frames of F', as Eq. 8 has it, and the convolutions see one vector for each clip. Nothing is approximated.
         """
-        m = M.sum(2) / mask.sum(1, keepdim=True)
-        gathered = F.linear(weighted_sum(x, m), self.value.weight)
-        gathered = gathered + (m.sum(1, keepdim=True) * self.value.bias).to(gathered.dtype)
-        return self.restore(gathered) + masked.mean(x, mask)  # Eqs. 4, 7, 8
+        m, M = self._given(x, mask)
+        # Under the softmax m sums to 1, and the value's bias passes through; as printed it counts as often as m says.
+        softmax = self.normalize == "softmax"
+        gathered = self.value(weighted_sum(x, m)) if softmax else weighted_sum(self.value(x), m)
+        return self.restore(gathered) + masked.mean(x, mask), m, M  # Eqs. 4, 7, 8
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}"
 
 
-class ReleasedTSA(nn.Module):
+class ReleasedTSA(TSA):
     """TSA as the authors released it: a non-local block with a softmax over the sources, unscaled.
 
     Its 1x1 convolutions have biases and neither norm nor ReLU; W is followed by a BatchNorm whose weight and bias start
@@ -198,7 +228,8 @@ class ReleasedTSA(nn.Module):
     """
 
     def __init__(self, features: int, reduction: int = 2):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.normalize = "softmax"
         hidden = features // reduction
         self.theta = nn.Linear(features, hidden)
         self.phi = nn.Linear(features, hidden)
@@ -207,23 +238,20 @@ class ReleasedTSA(nn.Module):
         self.restore_norm = masked.BatchNorm(features)
         nn.init.zeros_(self.restore_norm.weight)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """F' -> F'' ``[B, T, features]``; padding is 0. ``mask``: bool ``[B, T]``, None = all frames are real."""
-        mask = masked.all_real(x) if mask is None else mask
-        return self.gather(x, self.relations(x, mask), mask)
-
-    def relations(self, x: Tensor, mask: Tensor) -> Tensor:
-        """M ``[B, T, T]`` as in :meth:`TSA.relations`: M[s, t] = softmax over s of theta_t . phi_s."""
-        M = masked.softmax(self.phi(x) @ self.theta(x).mT, mask[:, :, None], dim=1)
-        return torch.where(mask[:, None], M, 0)
+    def _pairs(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.phi(x), self.theta(x)  # M[s, t] = softmax over s of phi_s . theta_t
 
     def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
         """The block's output for every frame, ``[B, T, features]``."""
         return masked.zero(self.restore_norm(self.restore(M.mT.to(x.dtype) @ self.g(x)), mask) + x, mask)
 
-    def mean(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
-        """The mean of :meth:`gather` over the real frames, ``[B, features]``; the BatchNorm wants every frame first."""
-        return masked.mean(self.gather(x, M, mask), mask)
+    def mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`TSA.mean`; in training the BatchNorm wants every frame first."""
+        if self.training:
+            M = self.relations(x, mask)
+            return masked.mean(self.gather(x, M, mask), mask), M.sum(2) / mask.sum(1, keepdim=True), M
+        m, M = self._given(x, mask)
+        return self.restore_norm(self.restore(self.g(weighted_sum(x, m)))) + masked.mean(x, mask), m, M
 
 
 class GLTRCriterion(Criterion):
@@ -236,7 +264,7 @@ class GLTRCriterion(Criterion):
 
     def __init__(self, num_classes: int, model: nn.Module):
         super().__init__(num_classes)
-        self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes)
+        self.classifier: nn.Module = initial_classifier(aggregator_of(model).num_features, num_classes)
 
     def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(self.classifier(details.embedding), labels)}
@@ -253,7 +281,7 @@ class GLTR(Aggregator):
 
     The frame weights are Eq. 8's m, how much each frame gives in total: negative parts clipped, then normalised,
     uniform if nothing is left, or without TSA. ``maps["tsa"]`` is M ``[B, T, T]``: what frame t (last index) takes from
-    frame s.
+    frame s; clips of more than 512 frames have it from :meth:`inspect` alone, and take memory that grows with T.
 
     The frame embedding is a Linear with bias on the average-pooled map, without norm or ReLU (the paper gives its width
     only; ours).
@@ -282,12 +310,13 @@ class GLTR(Aggregator):
     ):
         rates = [2**n for n in range(branches)]  # r_n = 2^(n-1), Sec. 3.2
         local = DTP(embed_features, rates, pyramid) if dtp else None
-        super().__init__(in_features, local.num_features if dtp else embed_features)
+        super().__init__(in_features, embed_features if local is None else local.num_features)
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = local
-        self.tsa = TSA(self.num_features, normalize=normalize) if tsa else None
+        self.tsa: TSA | None = TSA(self.num_features, normalize=normalize) if tsa else None
         if tsa:
             self.maps = {"tsa": _TSA_MAP if normalize == "softmax" else replace(_TSA_MAP, values="signed", over=None)}
+        self.maps = {**self.maps, **self._stages()}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         x = self.embed(frame_vectors(features))
@@ -295,12 +324,40 @@ class GLTR(Aggregator):
             x = self.dtp(x, mask)  # Eq. 2
         if self.tsa is None:
             return Details(masked.mean(x, mask), mask, masked.uniform(mask, x), {}, {})  # Eq. 4
-        M = self.tsa.relations(x, mask)
-        embedding = self.tsa.mean(x, M, mask)  # Eqs. 3, 4
-        given = M.sum(2).clamp(min=0)  # m of Eq. 8
+        embedding, m, M = self.tsa.mean(x, mask)  # Eqs. 3, 4
+        given = m.clamp(min=0)  # Eq. 8
         total = given.sum(1, keepdim=True)
         weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), masked.uniform(mask, given))
-        return Details(embedding, mask, weights, {"tsa": M}, {})
+        return Details(embedding, mask, weights, {} if M is None else {"tsa": M}, {})
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        if self.tsa is None or "tsa" in details.maps:
+            return {}
+        x = self.embed(frame_vectors(features))
+        return {"tsa": self.tsa.relations(x if self.dtp is None else self.dtp(x, mask), mask)}
+
+    def _stages(self) -> dict[str, MapKind]:
+        """The kinds of :meth:`finer_maps`."""
+        names = {"embedded": "F, embedded frames"}
+        if self.dtp is not None:
+            names["local"] = "F', behind DTP (Eq. 2)"
+        if self.tsa is not None:
+            names["gathered"] = "F'', behind TSA (Eq. 7)"
+        kinds = {name: MapKind(("frames", "features"), "signed", title) for name, title in names.items()}
+        return {**kinds, "mean": MapKind(("features",), "signed", "f, their mean (Eq. 4)")}
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``.
+
+        Without DTP there is no F', without TSA no F''.
+        """
+        x = self.embed(frame_vectors(features))
+        maps = {"embedded": masked.zero(x, mask), "mean": details.embedding}
+        if self.dtp is not None:
+            x = maps["local"] = self.dtp(x, mask)
+        if self.tsa is not None:
+            maps["gathered"] = self.tsa.gather(x, details.maps["tsa"], mask)
+        return maps
 
 
 class ReleasedGLTRCriterion(GLTRCriterion):
@@ -344,8 +401,8 @@ class ReleasedGLTR(GLTR):
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = dtp
         self.tsa = ReleasedTSA(dtp.num_features)
-        self.maps = {"tsa": _TSA_MAP}
+        self.maps = {"tsa": _TSA_MAP, **self._stages()}
         nn.init.kaiming_normal_(self.embed.weight, mode="fan_out")
         nn.init.zeros_(self.embed.bias)
-        for branch in dtp.branches:
-            nn.init.normal_(branch.weight, std=1e-3)
+        for weight in dtp.branches.parameters():
+            nn.init.normal_(weight, std=1e-3)

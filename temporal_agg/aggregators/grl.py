@@ -57,8 +57,8 @@ class GCE(nn.Module):
     The paper does not give the hidden width; C/8 is ours. Its projection of the global vector has no bias, which the
     BatchNorm behind it would cancel.
 
-    The convolution over the concatenation of map and expanded global vector is computed as the sum of its two halves,
-    so that neither the expansion nor the concatenation exists.
+    The convolution over the concatenation of map and expanded global vector is the sum of one over the map (``join``)
+    and one over the vector (``join_clip``), so that neither the expansion nor the concatenation exists.
 
     Args:
         in_features: C.
@@ -73,7 +73,7 @@ class GCE(nn.Module):
         if released:
             half = max(1, C // 2)
             self.embed = _Layers(nn.Linear(C, half), masked.BatchNorm(half), nn.ReLU(inplace=True))
-            self.join = nn.Conv2d(C + half, half, 1, bias=False)
+            self.join, self.join_clip = nn.Conv2d(C, half, 1, bias=False), nn.Linear(half, half, bias=False)
             self.correlate = _Layers(
                 masked.BatchNorm(half),
                 nn.Conv2d(half, hidden, 1, bias=False),
@@ -84,8 +84,11 @@ class GCE(nn.Module):
             )
         else:
             self.embed = _Layers(nn.Linear(C, C, bias=False))
-            self.join = nn.Conv2d(2 * C, hidden, 1, bias=False)
+            self.join, self.join_clip = nn.Conv2d(C, hidden, 1, bias=False), nn.Linear(C, hidden, bias=False)
             self.correlate = _Layers(masked.BatchNorm(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
+        bound = (C + self.join_clip.in_features) ** -0.5  # torch's, for the one convolution that the two stand for
+        nn.init.uniform_(self.join.weight, -bound, bound)
+        nn.init.uniform_(self.join_clip.weight, -bound, bound)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes the correlation maps.
@@ -97,14 +100,11 @@ class GCE(nn.Module):
         Returns:
             R ``[B, T, 1, H, W]``, from 0 to 1; the values of padded frames mean nothing.
         """
-        B, T, C, _, _ = x.shape
+        B, T = x.shape[:2]
         if mask is None:
             mask = masked.all_real(x)
         clip = self.embed(masked.mean(frame_vectors(x), mask))  # Eq. 1 and its projection
-        weight = self.join.weight
-        for_map, for_clip = (weight[:, :C], weight[:, C:]) if self.released else (weight[:, -C:], weight[:, :-C])
-        joined = F.conv2d(x.flatten(0, 1), for_map).unflatten(0, (B, T))
-        joined = joined + F.linear(clip, for_clip.flatten(1))[:, None, :, None, None]
+        joined = self.join(x.flatten(0, 1)).unflatten(0, (B, T)) + self.join_clip(clip)[:, None, :, None, None]
         return self.correlate(joined.flatten(0, 1), mask.flatten()).sigmoid().unflatten(0, (B, T))  # Eq. 2
 
 
@@ -384,6 +384,11 @@ class GRL(Aggregator):
         self.parts = parts
         self.gce = GCE(C, self.released)
         self.trl = TRL(C, self.released, directions, enhancement, memory)
+        if memory:
+            both = len(directions) == 2
+            title = "memory M_t (Eq. 8), mean over the channels" + ("" if both else f", {directions[0]}")
+            axes = ("directions",) * both + ("frames", "height", "width")
+            self.maps = {**self.maps, "memory": MapKind(axes, "amount", title)}
         self.frame_norm = masked.BatchNorm(C)
         self.memory_norm = masked.BatchNorm(C)
         self.query = nn.Linear(C, 512, bias=self.released)
@@ -395,8 +400,9 @@ class GRL(Aggregator):
         R = self.gce(features, mask)
         high, low = self.trl(features * R, features * (1 - R), mask)  # Eqs. 3, 4
         high = masked.zero(F.normalize(self.frame_norm(masked.at_least_float32(high), mask), dim=2), mask)
-        queries = F.normalize(self.query_norm(self.query(high), mask), dim=2)
-        keys = F.normalize(self.key_norm(self.key(high), mask), dim=2)
+        inputs = high.to(features.dtype)
+        queries = F.normalize(self.query_norm(self.query(inputs), mask), dim=2)
+        keys = F.normalize(self.key_norm(self.key(inputs), mask), dim=2)
         attention = masked.zero(masked.softmax(queries @ keys.transpose(1, 2), mask[:, None]), mask)
         weights = masked.mean(attention, mask)  # the sum over queries, up to a factor that normalisation cancels
         parts = {
@@ -410,6 +416,28 @@ class GRL(Aggregator):
         return Details(
             embedding, mask, weights, {"correlation": masked.zero(R, mask)[:, :, 0], "attention": attention}, supervised
         )
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """``memory`` ``[B, 2, T, H, W]``: what each direction, forward first, has accumulated when it has met a frame.
+
+        The mean over the channels is ours: the paper's Fig. 4 shows "channel activation maps". Of one direction it is
+        ``[B, T, H, W]``; without memory blocks there is none.
+        """
+        if self.trl.emu.res is None:
+            return {}
+        low = features * (1 - details.maps["correlation"][:, :, None])
+        visits = self.trl._visits(mask)  # [B, T, G]
+        B, _, G = visits.shape
+        memory, steps = masked.mean(low, mask).repeat(1, G, 1, 1), []
+        for step, visit in enumerate(visits.unbind(1)):
+            met = low[torch.arange(B, device=low.device)[:, None], visit].flatten(1, 2)
+            memory = self.trl.emu.remember(memory, met, step < mask.sum(1))
+            steps.append(memory.unflatten(1, (G, -1)).mean(2))
+        met, order = torch.stack(steps, 1), visits.argsort(1)  # steps in the order of the visits -> of the frames
+        maps = [masked.zero(masked.take(met[:, :, g], order[..., g]), mask) for g in range(G)]
+        if self.trl.directions == ("backward", "forward"):
+            maps.reverse()
+        return {"memory": torch.stack(maps, 1) if G == 2 else maps[0]}
 
 
 class ReleasedGRLCriterion(Criterion):

@@ -8,6 +8,7 @@ frame enters LAQ as zeros, and gets no weight; the statistics of K and V are tho
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import masked
 from ..losses import TripletLoss
@@ -187,8 +188,8 @@ class LOGACriterion(BaselineCriterion):
 class LOGA(Aggregator):
     """LAQ's weights make a prototype of the clip, GCQ's correlations with it a residual; D = C.
 
-    The frame weights are (w_l + w_g) / 2; ``maps`` has both, ``laq`` and ``gcq`` ``[B, T]``. For LAQ's parts call
-    ``aggregator.laq.part_scores(frames)``.
+    The frame weights are (w_l + w_g) / 2; ``maps`` has both, ``laq`` and ``gcq`` ``[B, T]``, and those of
+    :meth:`inspect` the parts of Fig. 7, too.
 
     Args:
         in_features: C.
@@ -224,6 +225,9 @@ class LOGA(Aggregator):
         self.maps = {"laq": MapKind(("frames",), "share", "LAQ's w_l (Eq. 6)", over="frames")}
         if assembly != "laq":
             self.maps["gcq"] = MapKind(("frames",), "share", "GCQ's w_g (Eq. 7)", over="frames")
+        if assembly != "gcq":
+            places = ("parts",) if quality == "frames" else ("height", "width")
+            self.maps["parts"] = MapKind(("frames", *places), "signed", "LAQ's parts (Eq. 5)")
         self.quality = quality
         if assembly != "gcq":
             self.clip_length = clip_length
@@ -255,6 +259,16 @@ class LOGA(Aggregator):
             w_g, attended = self.gcq(p, e, mask)  # Eqs. 3, 7, 8
             x = p + self.fc(attended)  # Eqs. 4, 9
         return Details(x, mask, (w_l + w_g) / 2, {"laq": w_l, "gcq": w_g}, {})
+
+    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
+        """``parts`` ``[B, T, M]`` as LAQ scores them; of feature maps ``[B, T, H, W]``, 0 at what makes no part."""
+        if self.assembly == "gcq":
+            return {}
+        if self.quality == "frames":
+            return {"parts": masked.zero(self.laq.part_scores(frames, mask), mask)}
+        scores = masked.zero(self.laq.part_scores(features, mask), mask).repeat_interleave(self.laq.part_size, 2)
+        H, W = features.shape[3:]
+        return {"parts": F.pad(scores, (0, H * W - scores.shape[2])).unflatten(2, (H, W))}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, assembly={self.assembly!r}, quality={self.quality!r}"

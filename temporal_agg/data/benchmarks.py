@@ -9,23 +9,27 @@ All raise ``FileNotFoundError`` for a missing file or folder, ``ValueError`` for
 count) and ``ImportError`` where the ``benchmarks`` extra is missing; the messages name the path.
 """
 
-import json
 import logging
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .disk import AGAIN, Disk, Parts, matrix
-from .readers import SPLITS, is_image
+from .._files import read_json
+from .disk import AGAIN, Disk, Parts, files_of, matrix
+from .images import is_image
+from .readers import SPLITS
+from .sampling import CPU
 from .tracklet import Tracklet, TrackletData
 
-__all__ = ["read_duke", "read_duke_si", "read_ilids_vid", "read_ls_vid", "read_mars", "read_prid2011"]
+__all__ = ["read_duke", "read_duke_si", "read_ilids_vid", "read_ls_vid", "read_mars", "read_prid2011", "read_ward"]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,8 +40,6 @@ class _Published(NamedTuple):
     frames: str  # per tracklet; rounded, and counted in more than one way, hence logged but not checked
     counts: dict[str, int]
 
-
-_DUKE_LAYOUT = "<root>/{train,query,gallery}/0001/0001/0001_C6_F0099_X30823.jpg"
 
 PUBLISHED = {
     "mars": _Published(
@@ -55,7 +57,7 @@ PUBLISHED = {
     ),
     "duke": _Published(
         "DukeMTMC-VideoReID",
-        _DUKE_LAYOUT,
+        "<root>/{train,query,gallery}/0001/0001/0001_C6_F0099_X30823.jpg",
         "mean 168, longest 9,324",
         {
             "training tracklets": 2_196, "training identities": 702, "queries": 702, "query identities": 702,
@@ -65,7 +67,7 @@ PUBLISHED = {
     ),
     "duke-si": _Published(
         "Duke-SI",
-        _DUKE_LAYOUT,
+        "<root>/{train,query,gallery}/0001/abc0001/c6_030823.jpg",
         "unknown",
         {
             "training tracklets": 5_803, "training identities": 702, "queries": 701, "gallery tracklets": 6_143,
@@ -96,13 +98,21 @@ PUBLISHED = {
             "cameras": 15,
         },
     ),
+    "ward": _Published(
+        "WARD",
+        "<root>/toolbox/Datasets/WARD/000100010001.png (root may be that folder)",
+        "10-66, mean 23",
+        {"persons": 70, "cameras": 3, "tracklets": 210, "frames": 4_786},
+    ),
 }  # fmt: skip
 
 # File names. The first groups say whose tracklet it is, the others are the place in it (Disk.in_order).
 _MARS = re.compile(r"^(\d{4}|00-1)C(\d)T(\d+)F(\d+)\.\w+$", re.MULTILINE)
 _DUKE = re.compile(r"^(\d+)_?C(\d+)_?F(\d+)_?[XD](\d+)\.\w+$", re.MULTILINE)
+_DUKE_SI = re.compile(r"^[^\n](\d)[^_\n]*_(\d+)\.\w+$", re.MULTILINE)
 _NUMBERED = re.compile(r"^(.*?)(\d+)\.\w+$", re.MULTILINE)
 _LS_VID = re.compile(r"^[^_\n]*_[^_\n]*_(\d+)_.*?(\d+)\.\w+$", re.MULTILINE)
+_WARD = re.compile(r"^(\d{4})(\d{4})(\d{4})\.\w+$", re.MULTILINE)
 
 _NOT_REFUSED = {"persons in use"}  # copies of PRID-2011 differ in it
 _PRID_PAIRED = 200  # PRID-2011: up to here a number is one person in both cameras, above it two persons
@@ -110,7 +120,12 @@ _PRID_MIN_FRAMES = 22
 
 
 def read_mars(
-    root: str | Path, *, queries_in_gallery: bool = True, check_counts: bool = True, cache: bool = True
+    root: str | Path,
+    *,
+    queries_in_gallery: bool = True,
+    labels: str = "original",
+    check_counts: bool = True,
+    cache: bool = True,
 ) -> TrackletData:
     """Reads MARS (Zheng et al., ECCV 2016).
 
@@ -121,13 +136,24 @@ def read_mars(
         root: the folder with ``bbox_train``, ``bbox_test`` and ``info``.
         queries_in_gallery: False leaves the queries out of the gallery (9,330 tracklets), as some codebases do; 140
             queries then have no match, which ``evaluate`` counts as ``queries_without_match``.
+        labels: ``original``, or ``corrected``: the test identities of ``info/clean_tracks_test_info.mat`` (CF-AAN, CVPR
+            workshops 2021; also found in ``root`` itself), and ``Tracklet.ambiguous_pid`` where it names somebody else
+            who is seen as well. Queries that are nobody's by these are left out. Counts that the labels change are not
+            compared.
         check_counts: see the module docstring, as for ``cache``.
     """
-    disk = _Benchmark("mars", root, cache)
-    train, test = disk.index(_index_mars).values()
+    if labels not in ("original", "corrected"):
+        raise ValueError(f"labels must be 'original' or 'corrected', got {labels!r}.")
+    corrected = labels == "corrected"
+    disk = _Benchmark("mars", root, cache, "-corrected" if corrected else "")
+    train, test = disk.index(partial(_index_mars, corrected=corrected)).values()
     query = disk.rows(test, "info/query_IDX.mat", "query_IDX")
+    queries = len(query)
     nobody = [t.name for t in query if t.pid <= 0]
-    if nobody:
+    if nobody and corrected:
+        _logger.info("%s: %d queries are nobody's by the corrected labels and left out.", disk.root, len(nobody))
+        query = [t for t in query if t.pid > 0]
+    elif nobody:
         raise ValueError(f"{disk.at('info/query_IDX.mat')}: the query {nobody[0]} is junk or a distractor. {AGAIN}")
     left_out = set() if queries_in_gallery else set(map(id, query))
     gallery = [t for t in test if t.pid >= 0 and id(t) not in left_out]
@@ -138,23 +164,32 @@ def read_mars(
         "junk tracklets": sum(t.pid < 0 for t in test),
         "distractor tracklets": sum(t.pid == 0 for t in test),
         "test identities": len({t.pid for t in test if t.pid > 0}),
-        "queries": len(query),
+        "queries": queries,
         "query identities": _distinct("pid", query),
         "gallery tracklets" if queries_in_gallery else "gallery tracklets without the queries": len(gallery),
         "cameras": _distinct("camera", train, test),
     }
-    return disk.finish(train, query, gallery, counts, check_counts)
+    if corrected:
+        for what in ("junk tracklets", "distractor tracklets", "test identities", "query identities"):
+            del counts[what]
+        counts = {what: n for what, n in counts.items() if not what.startswith("gallery")}
+    return disk.finish(train, query, gallery, counts, check_counts, ", corrected labels" if corrected else "")
 
 
-def _index_mars(disk: Disk) -> Parts:
+def _index_mars(disk: Disk, corrected: bool) -> Parts:
     parts: Parts = {"train": [], "test": []}
     for part, tracklets in parts.items():
         lists, info = f"info/{part}_name.txt", f"info/tracks_{part}_info.mat"
         lines = disk.text(lists).split()
         disk.found[f"lines of {lists}"] = len(lines)
-        rows = matrix(disk.at(disk.find(info)), f"track_{part}_info", columns=4)
-        images, folder, present = disk.find(f"bbox_{part}/bbox_{part}", f"bbox_{part}"), "", set()
-        for number, (first, last, pid, camera) in enumerate(rows.tolist(), 1):
+        if corrected and part == "test":
+            info = disk.find("info/clean_tracks_test_info.mat", "clean_tracks_test_info.mat")
+            rows = matrix(disk.at(info), None, columns=6)
+        else:
+            rows = matrix(disk.at(disk.find(info)), f"track_{part}_info", columns=4)
+            rows = np.insert(rows, 4, [rows[:, 2], np.zeros(len(rows), np.int64)], axis=1)
+        images, folder, present = disk.find(f"bbox_{part}/bbox_{part}", f"bbox_{part}"), "", set[str]()
+        for number, (first, last, pid, camera, counts, other) in enumerate(rows.tolist(), 1):
             where = f"{disk.at(info)}, row {number}"
             if not 1 <= first <= last <= len(lines):
                 raise ValueError(
@@ -173,7 +208,10 @@ def _index_mars(disk: Disk) -> Parts:
                     f"no image {disk.at(folder)}/{missing[0]}, nor {len(missing) - 1} others of its tracklet, though "
                     f"{disk.at(lists)} lists them. {AGAIN}"
                 )
-            tracklets.append(disk.tracklet(folder, names, pid, camera, f"{part}/{names[0].partition('F')[0]}"))
+            if counts < -1:
+                raise ValueError(f"{where}: the new pid {counts} is none: expected -1 (junk) or more. {AGAIN}")
+            name = f"{part}/{names[0].partition('F')[0]}"
+            tracklets.append(disk.tracklet(folder, names, counts, camera, name, other if other > 0 else None))
     return parts
 
 
@@ -183,22 +221,14 @@ def read_duke(root: str | Path, *, check_counts: bool = True, cache: bool = True
     The queries are part of the gallery. Names without underscores (older copies) and with ``D`` for ``X`` (distractors)
     are read; frame numbers may have gaps. Its authors have withdrawn the data set: this is for those who hold it.
     """
-    return _read_duke("duke", root, check_counts, cache)
-
-
-def read_duke_si(root: str | Path, *, check_counts: bool = True, cache: bool = True) -> TrackletData:
-    """Reads Duke-SI (1,788 persons, 12,647 tracklets).
-
-    Its layout is unconfirmed: it is taken to be that of DukeMTMC-VideoReID (:func:`read_duke`).
-    """
-    return _read_duke("duke-si", root, check_counts, cache)
-
-
-def _read_duke(name: str, root: str | Path, check_counts: bool, cache: bool) -> TrackletData:
-    disk = _Benchmark(name, root, cache)
+    disk = _Benchmark("duke", root, cache)
     train, query, gallery = disk.index(_index_duke).values()
-    copies = {(*t.name.split("/")[1:], t.camera, t.frames.names.tobytes()): t for t in gallery}
-    query = [copies.get((*t.name.split("/")[1:], t.camera, t.frames.names.tobytes()), t) for t in query]
+
+    def key(t: Tracklet) -> tuple:
+        return (*t.name.split("/")[1:], t.camera, files_of(t).names.tobytes())
+
+    copies = {key(t): t for t in gallery}
+    query = [copies.get(key(t), t) for t in query]
     persons = {t.pid for t in query}
     counts = {
         "training tracklets": len(train),
@@ -209,7 +239,6 @@ def _read_duke(name: str, root: str | Path, check_counts: bool, cache: bool) -> 
         "gallery tracklets": len(gallery),
         "gallery identities": _distinct("pid", gallery),
         "distractor identities": len({t.pid for t in gallery} - persons),
-        "test identities": _distinct("pid", query, gallery),
         "cameras": _distinct("camera", train, query, gallery),
     }
     return disk.finish(train, query, gallery, counts, check_counts)
@@ -226,6 +255,36 @@ def _index_duke(disk: Disk) -> Parts:
                         f"{disk.at(folder)}/{names[0]} is of person {pid}, its folder of {person}. {AGAIN}"
                     )
                 tracklets.append(disk.tracklet(folder, names, int(pid), int(camera), folder))
+    return parts
+
+
+def read_duke_si(root: str | Path, *, check_counts: bool = True, cache: bool = True) -> TrackletData:
+    """Reads Duke-SI (1,788 persons, 12,647 tracklets): ``{train,query,gallery}/<pid>/<tracklet>/c6_030823.jpg``.
+
+    As its author's loader reads it: the second character of a file's name is the camera, the number behind ``_`` orders
+    the frames. Tracklet folders of query and gallery are named by three characters and a number, those of train by
+    anything. The queries are not in the gallery.
+    """
+    disk = _Benchmark("duke-si", root, cache)
+    train, query, gallery = disk.index(_index_duke_si).values()
+    counts = {
+        "training tracklets": len(train),
+        "training identities": _distinct("pid", train),
+        "queries": len(query),
+        "gallery tracklets": len(gallery),
+        "test identities": _distinct("pid", query, gallery),
+    }
+    return disk.finish(train, query, gallery, counts, check_counts)
+
+
+def _index_duke_si(disk: Disk) -> Parts:
+    parts: Parts = {part: [] for part in SPLITS}
+    for part, tracklets in parts.items():
+        for person in disk.folders(part, r"\d+"):
+            for name in disk.folders(f"{part}/{person}", r".+" if part == "train" else r".{3}\d+"):
+                folder = f"{part}/{person}/{name}"
+                names, (camera,) = disk.images(folder, _DUKE_SI, 1)
+                tracklets.append(disk.tracklet(folder, names, int(person), int(camera), folder))
     return parts
 
 
@@ -249,7 +308,7 @@ def read_ilids_vid(
         raise ValueError(f"{disk.at(base)}: person {alone[0]} is in one of cam1 and cam2 only. {AGAIN}")
     file = disk.at(disk.find("train-test people splits/train_test_splits_ilidsvid.mat"))
     splits = matrix(file, "ls_set")
-    places = disk.split(splits, split) - 1
+    places = splits[disk.split(splits, split)] - 1
     if len(set(places.tolist())) < len(places) or places.min() < 0 or places.max() >= len(first):
         raise ValueError(
             f"{file}, row {split + 1}: expected places among the {len(first)} person folders, each once, got places "
@@ -270,10 +329,10 @@ def read_ilids_vid(
 def read_prid2011(root: str | Path, split: int = 0, *, check_counts: bool = True, cache: bool = True) -> TrackletData:
     """Reads PRID-2011 (Hirzer et al., SCIA 2011). Queries are from cam_a, the gallery is from cam_b.
 
+    The persons above 200 are left out: beyond, equal numbers are different persons in the two cameras.
     ``<root>/splits_prid2011.json`` may list the ten splits: ``[{"train": [person folders], "test": [...]}, ...]``.
-    Without it they are drawn, always the same: halves of the persons who are in both cameras (the first 200: beyond,
-    equal numbers are different persons) with more than 21 frames in each. How many these are is logged, and any number
-    is taken.
+    Without it they are drawn, always the same: halves of the persons who are in both cameras with more than 21 frames
+    in each. How many these are is logged, and any number is taken.
 
     Args:
         root: the folder with ``prid_2011/multi_shot`` or ``multi_shot``.
@@ -284,43 +343,49 @@ def read_prid2011(root: str | Path, split: int = 0, *, check_counts: bool = True
     base = disk.find("prid_2011/multi_shot", "multi_shot")
     first, second = disk.index(partial(_index_pairs, base=base, cameras=("cam_a", "cam_b"))).values()
     in_second = {t.pid: t for t in second}
-    first = [t for t in first if t.pid in in_second]
+    first = [t for t in first if t.pid in in_second and t.pid <= _PRID_PAIRED]
     second = [in_second[t.pid] for t in first]
     file = disk.at("splits_prid2011.json")
     if os.path.exists(file):
         splits = _json_splits(file, {t.name.partition("/")[2]: i for i, t in enumerate(first)})
     else:
         usable = [
-            i
-            for i, pair in enumerate(zip(first, second, strict=True))
-            if pair[0].pid <= _PRID_PAIRED and min(map(len, pair)) >= _PRID_MIN_FRAMES
+            i for i, pair in enumerate(zip(first, second, strict=True)) if min(map(len, pair)) >= _PRID_MIN_FRAMES
         ]
         if len(usable) < 2:
             raise ValueError(
                 f"{disk.at(base)}: a split needs 2 persons or more with more than 21 frames in both cameras, found "
                 f"{len(usable)}. {AGAIN}"
             )
-        generator = torch.Generator().manual_seed(0)
-        orders = [[usable[i] for i in torch.randperm(len(usable), generator=generator).tolist()] for _ in range(10)]
-        splits = [(order[: len(order) // 2], order[len(order) // 2 :]) for order in orders]
-    train, test = disk.split(splits, split)
+        splits = _halves(usable)
+    train, test = splits[disk.split(splits, split)]
     counts = {"splits": len(splits), "persons in use": len(train) + len(test)}
     return disk.finish(*_paired(first, second, train, test), counts, check_counts, f", split {split}")
 
 
+def _halves(items: Sequence[int], count: int = 10) -> list[tuple[list[int], list[int]]]:
+    """Random halves of the items, always the same."""
+    generator = torch.Generator(device=CPU).manual_seed(0)
+    orders = [torch.randperm(len(items), generator=generator, device=CPU).tolist() for _ in range(count)]
+    half = len(items) // 2
+    return [([items[i] for i in order[:half]], [items[i] for i in order[half:]]) for order in orders]
+
+
 def _json_splits(file: str, places: dict[str, int]) -> list[tuple[list[int], list[int]]]:
+    listed = read_json(file, list)
     try:
-        with open(file, encoding="utf-8") as text:
-            splits = [
-                tuple([places[person] for person in split[half]] for half in ("train", "test"))
-                for split in json.load(text)
-            ]
+        splits = [
+            ([places[person] for person in split["train"]], [places[person] for person in split["test"]])
+            for split in listed
+        ]
+        if not splits or any(not train or not test for train, test in splits):
+            raise ValueError("no split, or one with an empty half")
         if any(len({*train, *test}) < len(train) + len(test) for train, test in splits):
             raise ValueError("a person who is listed twice in one split")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{file}: expected [{{"train": [...], "test": [...]}}, ...] with the names of person folders that are in '
-            f"both cameras, got {error!r}. Correct or remove the file."
+            f'{file}: expected [{{"train": [...], "test": [...]}}, ...] with the names of person folders up to '
+            f"{_PRID_PAIRED} that are in both cameras, got {error!r}. Correct or remove the file."
         ) from error
     return splits
 
@@ -381,8 +446,9 @@ def _index_ls_vid(disk: Disk, subset: str) -> Parts:
     parts: Parts = {"train": [], subset: []}
     for part, tracklets in parts.items():
         file = disk.find(f"list_sequence/list_seq_{part}.txt", f"info/list_sequence/list_seq_{part}.txt")
-        folder, images = None, []
-        for number, line in enumerate(disk.text(file).splitlines(), 1):
+        folder: str | None = None
+        images: list[str] = []
+        for number, line in enumerate(disk.text(file).split("\n"), 1):
             where = f"{disk.at(file)}, line {number}"
             match = re.fullmatch(r"(\S.*?)\s+(-?\d+)\s*", line)
             if not match:
@@ -395,10 +461,75 @@ def _index_ls_vid(disk: Disk, subset: str) -> Parts:
                 names = [name for name in names if not name[len(prefix)].isdigit()] or names
             if not names:
                 raise FileNotFoundError(f"{where}: there is no image {disk.at(match[1])}*. {AGAIN}")
+            if len(match[2]) > 9:
+                raise ValueError(f"{where}: {match[2][:20]}... is no pid. {AGAIN}")
             names, (camera,) = disk.in_order(names, _LS_VID, 1, where)
             name = f"{part}/{match[1].rstrip('_/')}"
-            tracklets.append(disk.tracklet(folder, names, int(match[2]), int(camera), name))
+            tracklets.append(disk.tracklet(path, names, int(match[2]), int(camera), name))
     return parts
+
+
+def read_ward(
+    root: str | Path,
+    split: int = 0,
+    *,
+    cameras: str = "1-2,3",
+    check_counts: bool = True,
+    cache: bool = True,
+) -> TrackletData:
+    """Reads WARD (Martinel and Micheloni, CVPR workshops 2012): 70 persons, a tracklet in each of three cameras.
+
+    Anyone can have it: ``git clone https://github.com/iN1k1/CVPR2012``. The splits are ours, as is which camera's
+    tracklets are the queries: ten random halves of the persons, always the same, of which the first half is trained on
+    (in all cameras) and the second one is tested on. Copies in another format (JPEG) are read as well.
+
+    Args:
+        root: the clone, or the folder of the images itself.
+        split: 0 to 9; results are the mean and standard deviation over all ten.
+        cameras: the cameras of the queries, ``-``, and those of the gallery: ``1-2,3``, or for comparison with papers
+            ``1-2``, ``1-3`` and ``2-3``.
+        check_counts: see the module docstring, as for ``cache``.
+    """
+    match = re.fullmatch(r"([1-3](?:,[1-3])*)-([1-3](?:,[1-3])*)", cameras)
+    if not match:
+        raise ValueError(f"cameras must be those of the queries and of the gallery, such as '1-2,3', got {cameras!r}.")
+    of_query, of_gallery = (set(map(int, part.split(","))) for part in match.groups())
+    disk = _Benchmark("ward", root, cache)
+    folder = disk.find("toolbox/Datasets/WARD", "Datasets/WARD", "WARD", "")
+    (tracklets,) = disk.index(partial(_index_ward, folder=folder)).values()
+    persons = sorted({t.pid for t in tracklets})
+    splits = _halves(persons)
+    train, test = map(set, splits[disk.split(splits, split)])
+    counts = {
+        "persons": len(persons),
+        "cameras": _distinct("camera", tracklets),
+        "tracklets": len(tracklets),
+        "frames": sum(map(len, tracklets)),
+    }
+    return disk.finish(
+        [t for t in tracklets if t.pid in train],
+        [t for t in tracklets if t.pid in test and t.camera in of_query],
+        [t for t in tracklets if t.pid in test and t.camera in of_gallery],
+        counts,
+        check_counts,
+        f", split {split}, cameras {cameras}",
+    )
+
+
+def _index_ward(disk: Disk, folder: str) -> Parts:
+    found: dict[str, list[str]] = {}
+    names, _ = disk.images(folder, _WARD, 0)
+    for name in names:
+        found.setdefault(name[:8], []).append(name)
+    tracklets = []
+    for key, own in found.items():
+        frames = [name[:12] for name in own]
+        twice = next((name for name, other in pairwise(frames) if name == other), None)
+        if twice:
+            raise ValueError(f"{disk.at(folder)} has the image {twice} more than once. {AGAIN}")
+        pid, camera = int(key[:4]), int(key[4:])
+        tracklets.append(disk.tracklet(folder, own, pid, camera, f"{key[:4]}/{camera}"))
+    return {"all": tracklets}
 
 
 def _distinct(what: str, *parts: list[Tracklet]) -> int:
@@ -423,11 +554,11 @@ class _Benchmark(Disk):
             )
         return [tracklets[number - 1] for number in numbers]
 
-    def split(self, splits: Sequence, split: int):
-        """The split that was asked for."""
+    def split(self, splits: Sized, split: int) -> int:
+        """The split that was asked for, if there is one."""
         if split not in range(len(splits)):
             raise ValueError(f"{self.title} has the splits 0 to {len(splits) - 1}, got {split!r}.")
-        return splits[split]
+        return split
 
     def finish(
         self,

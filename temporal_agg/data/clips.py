@@ -7,17 +7,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .samplers import Draw
-from .sampling import FILLS, TRAIN_POLICIES, sample_frames, seeded_generator
+from .sampling import CPU, FILLS, TRAIN_POLICIES, sample_frames, seeded_generator
 from .tracklet import Tracklet, check_flow
 
 __all__ = ["ClipDataset", "collate_clips"]
 
 
 class ClipDataset(Dataset):
-    """One random clip of a tracklet for each draw; what is random is a function of (seed, epoch, index, number) alone.
+    """One random clip of a tracklet for each draw.
 
-    Workers, world size and the order of the draws change nothing. Ask for a :class:`~temporal_agg.data.Draw`, as
-    ``IdentityBatchSampler`` does, or for a plain index (then number is 0 and the epoch that of :meth:`set_epoch`).
+    Asked for a :class:`~temporal_agg.data.Draw`, as this package's batch samplers do, the clip is a function of (seed,
+    epoch, index, number) alone: workers, world size and the order of the draws change nothing.
+
+    Asked for a plain index, as other samplers do (``shuffle=True``, Lightning, ``MPerClassSampler``), it is drawn from
+    torch's global generator of the process that makes it: a new clip each time, other ones in each worker, the same
+    again after ``torch.manual_seed`` with as many workers.
 
     Args:
         tracklets: to draw from.
@@ -27,11 +31,11 @@ class ClipDataset(Dataset):
         length: frames per clip.
         policy: which frames (:func:`~temporal_agg.data.sample_frames`).
         fill: what fills the clip of a shorter tracklet (same place).
-        seed: >= 0.
+        seed: >= 0; of the draws of our batch samplers.
         flow: read optical flow too; that of a frame points to the tracklet's next one, whatever the policy draws.
 
     Raises:
-        ValueError: an identity without a label, an unknown policy or fill.
+        ValueError: junk (pid -1), an identity without a label, an unknown policy or fill.
         FlowError: a tracklet without optical flow, where it is wanted.
     """
 
@@ -47,6 +51,12 @@ class ClipDataset(Dataset):
         seed: int = 0,
         flow: bool = False,
     ):
+        junk = [t for t in tracklets if t.pid < 0]
+        if junk:
+            raise ValueError(
+                f"{len(junk)} tracklets are junk (pid {junk[0].pid}), such as {junk[0].name!r}, which is never trained "
+                "on: leave them out, as TrackletData(...).train does."
+            )
         unknown = sorted({t.pid for t in tracklets} - set(label_map))
         if unknown:
             raise ValueError(f"label_map has no class for the identities {unknown[:5]}: build it from these tracklets.")
@@ -55,6 +65,8 @@ class ClipDataset(Dataset):
                 f"policy must be one of {', '.join(TRAIN_POLICIES)} and fill one of {', '.join(FILLS)}, got {policy!r} "
                 f"and {fill!r}."
             )
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}.")
         if flow:
             check_flow(tracklets)
         self.tracklets = tracklets
@@ -65,11 +77,6 @@ class ClipDataset(Dataset):
         self.fill = fill
         self.seed = seed
         self.flow = flow
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by persistent workers, too
-
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch's clips plain indices stand for; call it before each epoch. A ``Draw`` carries its own."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.tracklets)
@@ -81,9 +88,15 @@ class ClipDataset(Dataset):
             ``clip`` float32 ``[T, 3, H, W]``, ``flow`` float32 ``[T, 2, H, W]`` where it is wanted, ``mask`` bool
             ``[T]`` (True = a real frame), and the integers ``label``, ``pid``, ``camera``, ``index``.
         """
-        index, number, epoch = draw if isinstance(draw, Draw) else (draw, 0, int(self._epoch))
+        if isinstance(draw, Draw):
+            index, number = draw.index, draw.number
+            generator = seeded_generator(self.seed, draw.epoch, index, number)
+        else:
+            index, number = int(draw), 0
+            generator = torch.Generator(device=CPU).manual_seed(int(torch.randint(2**62, (), device=CPU)))
+            if self.policy == "each":
+                number = int(torch.randint(2**31, (), generator=generator, device=CPU))
         tracklet = self.tracklets[index]
-        generator = seeded_generator(self.seed, epoch, index, number)
         indices, mask = sample_frames(
             len(tracklet), self.length, self.policy, fill=self.fill, generator=generator, number=number
         )
@@ -111,7 +124,10 @@ def collate_clips(items: Sequence[dict]) -> dict[str, Tensor]:
         ``clip`` ``[B, T, 3, H, W]``, ``flow`` ``[B, T, 2, H, W]`` where the items have it, ``mask`` bool ``[B, T]``,
         and int64 ``[B]``: ``label``, ``pid``, ``camera``, ``index``.
     """
-    batch = {key: torch.tensor([item[key] for item in items]) for key in ("label", "pid", "camera", "index")}
+    batch = {
+        key: torch.tensor([item[key] for item in items], dtype=torch.int64, device=CPU)
+        for key in ("label", "pid", "camera", "index")
+    }
     for key in ("clip", "mask", "flow"):
         if key in items[0]:
             batch[key] = torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True)

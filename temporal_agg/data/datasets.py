@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from .benchmarks import read_duke, read_duke_si, read_ilids_vid, read_ls_vid, read_mars, read_prid2011
+from .benchmarks import read_duke, read_duke_si, read_ilids_vid, read_ls_vid, read_mars, read_prid2011, read_ward
 from .readers import read_csv, read_folder
 from .synthetic import synthetic_data
 from .tracklet import TrackletData
@@ -22,17 +22,18 @@ _DATASETS: dict[str, Callable[..., TrackletData]] = {
     "mars": read_mars,
     "prid-2011": read_prid2011,
     "synthetic": synthetic_data,
+    "ward": read_ward,
 }
-_SPLITS = {"ilids-vid": 10, "prid-2011": 10}
+_SPLITS = {"ilids-vid": 10, "prid-2011": 10, "ward": 10}
 
 
 def open_dataset(name: str, root: str | Path | None = None, **options) -> TrackletData:
     """Opens a data set by name.
 
     Args:
-        name: ``mars``, ``duke``, ``duke-si``, ``ilids-vid``, ``prid-2011``, ``ls-vid``, ``folder``, ``csv`` or
-            ``synthetic``.
-        root: the folder or file that it lies in; none for ``synthetic``.
+        name: ``mars``, ``duke``, ``duke-si``, ``ilids-vid``, ``prid-2011``, ``ls-vid``, ``ward``, ``folder``, ``csv``
+            or ``synthetic``.
+        root: the folder or file that it lies in (``~`` is the home directory); none for ``synthetic``.
         **options: further arguments of its reader.
 
     Raises:
@@ -68,7 +69,7 @@ def parse_data_spec(spec: str, **options) -> TrackletData:
 
 
 def num_splits(name: str) -> int:
-    """How many train/test splits a data set has: 10 for ``ilids-vid`` and ``prid-2011``, 1 for the others.
+    """How many train/test splits a data set has: 10 for ``ilids-vid``, ``prid-2011`` and ``ward``, 1 for the others.
 
     Raises:
         ValueError: an unknown name.

@@ -165,10 +165,10 @@ def _read(file: io.BufferedReader, size: list[int], index: np.ndarray, start: in
     if not 0 <= frame <= len(index):
         raise IndexError(f"the tracklet has the frames 0 to {len(index)}, got {frame}.")
     if not len(index):
-        return torch.zeros(2, *size)
+        return torch.zeros(2, *size, dtype=torch.float32, device="cpu")
     frame = min(frame, len(index) - 1)
     begin = int(index["end"][frame - 1]) if frame else 0
     file.seek(start + begin)
     with Image.open(io.BytesIO(file.read(int(index["end"][frame]) - begin)), formats=["PNG"]) as image:
         levels = torch.from_numpy(np.array(image))
-    return (levels.view(2, *size).float() - 128) * float(index["step"][frame])
+    return (levels.view(2, *size).to(torch.float32) - 128) * float(index["step"][frame])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from .sampling import seeded_generator
+from .sampling import CPU, seeded_generator
 
 __all__ = ["Draw", "IdentityBatchSampler", "PairBatchSampler", "TrackletBatchSampler"]
 
@@ -24,7 +24,7 @@ class Draw(NamedTuple):
         epoch: carried along, so that it reaches workers that live longer than an epoch.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     number: int = 0
     epoch: int = 0
 
@@ -39,6 +39,8 @@ class _BatchSampler(Sampler[list[Draw]]):
             raise ValueError(
                 f"a batch of {per_batch} needs as many {what} in the training set, which has {total}: lower {argument}."
             )
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be 0 to world_size - 1 = {world_size - 1}, got {rank}.")
         if per_batch % world_size:
@@ -53,6 +55,11 @@ class _BatchSampler(Sampler[list[Draw]]):
         share = per_batch // world_size
         self.share = slice(rank * share, (rank + 1) * share)
 
+    @property
+    def sampler(self) -> "_BatchSampler":
+        """Itself: Lightning and others call ``batch_sampler.sampler.set_epoch``, as torch's own batch samplers want."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch's order and clips come next; call it on every rank before each epoch."""
         self.epoch = epoch
@@ -62,7 +69,7 @@ class _BatchSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = seeded_generator(self.seed, self.epoch)
-        order = torch.randperm(self.total, generator=generator).tolist()
+        order = torch.randperm(self.total, generator=generator, device=CPU).tolist()
         # The last batch is filled from the front of the order: per_batch at most, hence never one of its own.
         order += order[: -len(order) % self.per_batch]
         drawn: Counter[int] = Counter()
@@ -129,7 +136,7 @@ class IdentityBatchSampler(_BatchSampler):
     def _tracklets_of(self, place: int, generator: torch.Generator) -> list[int]:
         """K tracklets of an identity, in random order."""
         own = self.tracklets[place]
-        shuffled = [own[i] for i in torch.randperm(len(own), generator=generator).tolist()]
+        shuffled = [own[i] for i in torch.randperm(len(own), generator=generator, device=CPU).tolist()]
         if self.cameras is not None:
             seen: Counter[int] = Counter()
             turn = {}
@@ -181,7 +188,7 @@ class PairBatchSampler(_BatchSampler):
 
     def _tracklets_of(self, place: int, generator: torch.Generator) -> list[int]:
         partners = self.partners[place]
-        return [place, partners[int(torch.randint(len(partners), (), generator=generator))]]
+        return [place, partners[int(torch.randint(len(partners), (), generator=generator, device=CPU))]]
 
 
 class TrackletBatchSampler(_BatchSampler):
@@ -220,6 +227,8 @@ def _by_identity(labels: Sequence[int], cameras: Sequence[int] | None) -> dict[i
     """The tracklets of each identity, in the order of their first ones."""
     if cameras is not None and len(cameras) != len(labels):
         raise ValueError(f"expected one camera for each of the {len(labels)} labels, got {len(cameras)}.")
+    if len(labels) and min(labels) < 0:
+        raise ValueError(f"labels must be 0 or more, got {min(labels)}: junk is never trained on, leave it out.")
     tracklets: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         tracklets.setdefault(int(label), []).append(index)

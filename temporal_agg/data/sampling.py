@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["ClipConfig", "cut_tracklet", "sample_frames", "seeded_generator"]
 
+CPU = torch.device("cpu")  # said everywhere, so that the caller's default device does not matter
+
 FILLS = ("repeat", "last", "mask")
 TRAIN_POLICIES = ("random", "adjacent", "chunks", "even", "each", "all")
 TEST_POLICIES = ("dense", "all", "chunks", "even")
@@ -78,7 +80,9 @@ class ClipConfig:
 
 def seeded_generator(*key: int) -> torch.Generator:
     """A generator whose state is a function of the integers (>= 0) in ``key``; unlike keys give unrelated streams."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    if min(key) < 0:
+        raise ValueError(f"seeds and epochs must be 0 or more, got {min(key)}.")
+    return torch.Generator(device=CPU).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def sample_frames(
@@ -116,20 +120,20 @@ def sample_frames(
     if policy == "all":
         return _whole(n)
     if n < length:
-        return _filled(torch.zeros(1, dtype=torch.int64), n, length, fill, squeeze=True)
+        return _filled(torch.zeros(1, dtype=torch.int64, device=CPU), n, length, fill, squeeze=True)
     if policy == "random":
-        indices = torch.randperm(n, generator=generator)[:length].sort().values
+        indices = torch.randperm(n, generator=generator, device=CPU)[:length].sort().values
     elif policy == "adjacent":
-        indices = torch.randint(n - length + 1, (1,), generator=generator) + torch.arange(length)
+        indices = torch.randint(n - length + 1, (1,), generator=generator, device=CPU) + _count(length)
     elif policy == "each":
-        indices = number % (n - length + 1) + torch.arange(length)
+        indices = number % (n - length + 1) + _count(length)
     elif policy == "chunks":
         chunk = math.ceil(n / length)
-        within = torch.randint(chunk, (length,), generator=generator)
-        indices = (torch.arange(length) * chunk + within).clamp(max=n - 1)
+        within = torch.randint(chunk, (length,), generator=generator, device=CPU)
+        indices = (_count(length) * chunk + within).clamp(max=n - 1)
     else:
         indices = _even(n, length)
-    return indices, torch.ones(length, dtype=torch.bool)
+    return indices, torch.ones(length, dtype=torch.bool, device=CPU)
 
 
 def cut_tracklet(
@@ -173,28 +177,29 @@ def cut_tracklet(
         return indices[None], mask[None]
     if policy == "dense" or n < length:
         count = math.ceil(max(n - length, 0) / stride) + 1
-        starts = torch.arange(count) * stride
+        starts = _count(count) * stride
         if tail == "shift":
             starts = starts.clamp(max=max(n - length, 0))
         return _filled(starts, n, length, fill)
-    if policy == "chunks":
-        indices = (torch.arange(length) * math.ceil(n / length)).clamp(max=n - 1)
-    else:
-        indices = _even(n, length)
-    return indices[None], torch.ones(1, length, dtype=torch.bool)
+    indices = (_count(length) * math.ceil(n / length)).clamp(max=n - 1) if policy == "chunks" else _even(n, length)
+    return indices[None], torch.ones(1, length, dtype=torch.bool, device=CPU)
+
+
+def _count(n: int) -> Tensor:
+    return torch.arange(n, device=CPU)
 
 
 def _whole(n: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(n), torch.ones(n, dtype=torch.bool)
+    return _count(n), torch.ones(n, dtype=torch.bool, device=CPU)
 
 
 def _even(n: int, length: int) -> Tensor:
-    return (2 * torch.arange(length) + 1) * n // (2 * length)
+    return (2 * _count(length) + 1) * n // (2 * length)
 
 
 def _filled(starts: Tensor, n: int, length: int, fill: str, squeeze: bool = False) -> tuple[Tensor, Tensor]:
     """Windows of ``length`` frames from each start, those that run over frame n - 1 filled."""
-    offsets = torch.arange(length)
+    offsets = _count(length)
     real = offsets < (n - starts)[:, None]
     if fill == "repeat":
         offsets = offsets % (n - starts).clamp(max=length)[:, None]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ def synthetic_data(
             others = tuple(p for p in half if p != pid)
             for camera in range(1, num_cameras + 1):
                 for turn in range(tracklets_per_camera):
-                    t = SyntheticTracklet(seed, index, next(lengths), pid, camera, tuple(size), others, faults)
+                    t = SyntheticTracklet(seed, index, next(lengths), pid, camera, (size[0], size[1]), others, faults)
                     splits[test * (1 + (turn > 0))].append(t)
                     index += 1
     return TrackletData(*splits, name="synthetic")
@@ -262,7 +263,7 @@ class _Story:
         t = self.tracklet
         n, s = t.length, t.faults.get(name, 0.0)
         rng = _rng(_EVENTS, t.seed, t.index, k)
-        event = {"hit": [False] * n, "strength": s, "at": [0.0] * n}
+        event: dict[str, Any] = {"hit": [False] * n, "strength": s, "at": [0.0] * n}
         other = t.others[rng.integers(len(t.others))] if t.others else t.pid
         event["other"] = other
         event["thing"] = rng.random() < 0.4 or not t.others
@@ -479,7 +480,7 @@ class _Pen:
         along = ((x * dx + y * dy) / (dx * dx + dy * dy)).clip(0, 1)
         distance = np.sqrt((x - along * dx) ** 2 + (y - along * dy) ** 2) - (ra + (rb - ra) * along)
         alpha = (0.5 - self.unit * distance).clip(0, 1)[..., None]
-        if pattern != "plain":
+        if pattern != "plain" and accent is not None:
             colour = np.where(_pattern(pattern, x, y)[..., None], accent, colour)
         patch = self.image[r0:r1, c0:c1]
         patch += alpha * (colour - patch)

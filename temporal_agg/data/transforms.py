@@ -1,17 +1,26 @@
 """Frames of a tracklet -> one normalised clip, with the same random draw for all of its frames."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
 __all__ = ["ClipTransform"]
+
+FILLS = ("zero", "random")
+ASPECT = (0.3, 3.3)  # height / width of an erased rectangle
+CPU = torch.device("cpu")  # said everywhere, so that the caller's default device and type do not matter
 
 
 class ClipTransform:
     """Resizes each frame, then in training flips, crops and erases the clip as a whole, then normalises.
+
+    In a test the two halves can be had one by one, so that frames travel as bytes and are normalised where they are
+    needed: ``transform.normalize(transform.resize(frames))`` is ``transform(frames)``.
 
     Optical flow goes through the same draws: resizing scales its vectors, a flip also turns dx round, what a crop pads
     has none; it is neither erased nor normalised.
@@ -25,8 +34,11 @@ class ClipTransform:
         flip: probability of a horizontal flip.
         pad: black pixels added on each side before a random crop of ``size``.
         random_crop: resize to this multiple of ``size`` (9/8, say) before a random crop of ``size``.
-        erasing: probability of erasing a rectangle (to 0 after normalisation).
+        erasing: probability of erasing a rectangle, of 0.3 to 3.3 times its width in height.
         erasing_per_frame: draw that for each frame anew, not once for the clip.
+        erasing_fill: ``zero``: 2 to 33 % of the frame become 0 after normalisation (the mean colour), as torchvision
+            has it. ``random``: 2 to 40 % get random colours, a colour for each pixel and the same in all frames, drawn
+            as Random Erasing's Algorithm 1 does (Zhong et al., AAAI 2020).
 
     Raises:
         ValueError: a value out of range.
@@ -34,7 +46,7 @@ class ClipTransform:
 
     def __init__(
         self,
-        size: tuple[int, int],
+        size: Sequence[int],
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         interpolation: str = "bilinear",
@@ -45,24 +57,67 @@ class ClipTransform:
         random_crop: float = 1.0,
         erasing: float = 0.0,
         erasing_per_frame: bool = False,
+        erasing_fill: str = "zero",
     ):
-        if len(size) != 2 or min(size) < 1:
+        if len(size) != 2 or min(size) < 1 or any(side != int(side) for side in size):
             raise ValueError(f"size must be (height, width) in pixels, got {size}.")
-        if random_crop < 1 or pad < 0:
+        if not random_crop >= 1 or pad < 0:
             raise ValueError(f"random_crop must be at least 1 and pad at least 0, got {random_crop} and {pad}.")
         if not (0 <= flip <= 1 and 0 <= erasing <= 1):
             raise ValueError(f"flip and erasing are probabilities, got {flip} and {erasing}.")
-        self.size = tuple(size)
+        if erasing_fill not in FILLS:
+            raise ValueError(f"erasing_fill must be one of {', '.join(FILLS)}, got {erasing_fill!r}.")
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean} and {std}.")
+        kinds = [mode.value for mode in v2.InterpolationMode]
+        if interpolation not in kinds:
+            raise ValueError(f"interpolation must be one of {', '.join(kinds)}, got {interpolation!r}.")
+        self.size = (int(size[0]), int(size[1]))
         self.train = train
         self.interpolation = v2.InterpolationMode(interpolation)
-        self.mean = 255 * torch.tensor(mean).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std).view(3, 1, 1)
-        self.resized = [round(side * random_crop) for side in size] if train else list(size)
+        self.mean = 255 * torch.tensor(mean, dtype=torch.float32, device=CPU).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, dtype=torch.float32, device=CPU).view(3, 1, 1)
+        self.resized = [round(side * random_crop) for side in self.size] if train else list(self.size)
         self.flip = flip
         self.pad = pad
         self.crops = pad > 0 or random_crop > 1
-        self.erase = v2.RandomErasing(erasing)
+        self.erasing = erasing
         self.erasing_per_frame = erasing_per_frame
+        self.erasing_fill = erasing_fill
+
+    @classmethod
+    def for_model(cls, model: Any, train: bool = False, **augmentation: Any) -> "ClipTransform":
+        """The transform that a model's frames want: size, mean, std and interpolation of ``model.data_config``.
+
+        Args:
+            model: a :class:`~temporal_agg.TrackletModel` or :class:`~temporal_agg.FrameEncoder`.
+            train: for training.
+            **augmentation: ``flip``, ``pad`` and so on.
+        """
+        config = model.data_config
+        return cls(
+            config["input_size"][1:],
+            config["mean"],
+            config["std"],
+            config["interpolation"],
+            train=train,
+            **augmentation,
+        )
+
+    @overload
+    def __call__(
+        self, frames: Sequence[Tensor], generator: torch.Generator | None = None, flow: None = None
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, frames: Sequence[Tensor], generator: torch.Generator | None, flow: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def __call__(
+        self, frames: Sequence[Tensor], generator: torch.Generator | None = None, *, flow: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]: ...
 
     def __call__(
         self,
@@ -85,34 +140,103 @@ class ClipTransform:
         """
         if flow is not None and len(flow) != len(frames):
             raise ValueError(f"expected the flow of {len(frames)} frames, got {len(flow)}.")
-        clip = torch.stack(
-            [F.resize(frame, self.resized, interpolation=self.interpolation, antialias=True) for frame in frames]
-        )
-        moved = None if flow is None else torch.stack([self._resize_flow(vectors) for vectors in flow])
+        clip = self.resize(frames)
+        moved = None if flow is None else self.resize_flow(flow)
         if self.train:
-            seed = int(torch.randint(2**62, (), generator=generator))
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it to it
-                torch.default_generator.manual_seed(seed)
-                clip, moved = self._augment(clip, moved)
+            seed = int(torch.randint(2**62, (), generator=generator, device=CPU))
+            clip, moved = self._augment(clip, moved, torch.Generator(device=CPU).manual_seed(seed))
         else:
-            clip = self._normalise(clip)
+            clip = self.normalize(clip)
         return clip if moved is None else (clip, moved)
 
-    def _augment(self, clip: Tensor, flow: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if torch.rand(1) < self.flip:
+    def resize(self, frames: Sequence[Tensor]) -> Tensor:
+        """Frames, uint8 ``[3, h, w]`` each -> uint8 ``[T, 3, H, W]``; in training of the size before the crop."""
+        return torch.stack(
+            [F.resize(frame, self.resized, interpolation=self.interpolation, antialias=True) for frame in frames]
+        )
+
+    def resize_flow(self, flow: Sequence[Tensor]) -> Tensor:
+        """Flow, float32 ``[2, h, w]`` each, in pixels of its size -> ``[T, 2, H, W]``, in pixels of that size."""
+        height, width = self.resized
+        return torch.stack(
+            [
+                F.resize(vectors, self.resized, antialias=True)
+                * _numbers(width / vectors.shape[2], height / vectors.shape[1])
+                for vectors in flow
+            ]
+        )
+
+    def normalize(self, clip: Tensor) -> Tensor:
+        """uint8 ``[..., 3, H, W]`` on any device -> float32 there: (value / 255 - mean) / std."""
+        mean, std = (x.to(clip.device, non_blocking=True) for x in (self.mean, self.std))
+        return clip.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+    def _augment(self, clip: Tensor, flow: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        if _uniform(generator) < self.flip:
             clip = clip.flip(-1)
-            flow = flow if flow is None else flow.flip(-1) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)
+            flow = None if flow is None else flow.flip(-1) * _numbers(-1.0, 1.0)
         if self.crops:
             spare = [have + 2 * self.pad - side for have, side in zip(self.resized, self.size, strict=True)]
-            corner = [int(torch.randint(room + 1, (1,))) for room in spare]
-            clip, flow = (x if x is None else F.crop(F.pad(x, [self.pad]), *corner, *self.size) for x in (clip, flow))
-        clip = self._normalise(clip)
-        clip = torch.stack([self.erase(frame) for frame in clip]) if self.erasing_per_frame else self.erase(clip)
+            corner = [_integer(room + 1, generator) for room in spare]
+            clip = F.crop(F.pad(clip, [self.pad]), *corner, *self.size)
+            flow = None if flow is None else F.crop(F.pad(flow, [self.pad]), *corner, *self.size)
+        clip = self.normalize(clip)
+        for part in clip.split(1) if self.erasing_per_frame else [clip]:
+            self._erase(part, generator)
         return clip, flow
 
-    def _resize_flow(self, flow: Tensor) -> Tensor:
-        scale = torch.tensor([self.resized[1] / flow.shape[2], self.resized[0] / flow.shape[1]])  # of dx, dy
-        return F.resize(flow, self.resized, antialias=True) * scale.view(2, 1, 1)
+    def _erase(self, clip: Tensor, generator: torch.Generator) -> None:
+        """Erases the same rectangle of all frames ``[T, 3, H, W]``, in place."""
+        if not _uniform(generator) < self.erasing:
+            return
+        size = (clip.shape[2], clip.shape[3])
+        place = _paper_rectangle(size, generator) if self.erasing_fill == "random" else _rectangle(size, generator)
+        if place is None:
+            return
+        top, left, height, width = place
+        fill = torch.zeros((), dtype=torch.float32, device=CPU)
+        if self.erasing_fill == "random":
+            colours = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8, device=CPU)
+            fill = self.normalize(colours)
+        clip[..., top : top + height, left : left + width] = fill
 
-    def _normalise(self, clip: Tensor) -> Tensor:
-        return clip.float().sub_(self.mean).div_(self.std)
+
+Rectangle = tuple[int, int, int, int]  # top, left, height, width
+
+
+def _rectangle(size: tuple[int, int], generator: torch.Generator, tries: int = 10) -> Rectangle | None:
+    """2 to 33 % of a frame; aspects and their inverses equally likely, every place that fits equally likely."""
+    low, high = (math.log(aspect) for aspect in ASPECT)
+    for _ in range(tries):
+        area = size[0] * size[1] * _uniform(generator, 0.02, 0.33)
+        aspect = math.exp(_uniform(generator, low, high))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < size[0] and width < size[1]:
+            top, left = (_integer(have - side + 1, generator) for have, side in zip(size, (height, width), strict=True))
+            return top, left, height, width
+    return None
+
+
+def _paper_rectangle(size: tuple[int, int], generator: torch.Generator, tries: int = 1000) -> Rectangle | None:
+    """Random Erasing, Algorithm 1: area, aspect and corner are uniform; drawn again until it lies inside."""
+    for _ in range(tries):
+        area = size[0] * size[1] * _uniform(generator, 0.02, 0.4)
+        aspect = _uniform(generator, *ASPECT)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        top, left = (_integer(side, generator) for side in size)
+        if top + height <= size[0] and left + width <= size[1]:
+            return top, left, height, width
+    return None
+
+
+def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    return float(torch.empty(1, dtype=torch.float32, device=CPU).uniform_(low, high, generator=generator))
+
+
+def _integer(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (1,), generator=generator, device=CPU))
+
+
+def _numbers(*values: float) -> Tensor:
+    """One factor for dx, one for dy."""
+    return torch.tensor(values, dtype=torch.float32, device=CPU).view(2, 1, 1)

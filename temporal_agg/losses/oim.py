@@ -28,12 +28,14 @@ class OIMLoss(nn.Module):
         momentum: the share of the old vector in an update.
     """
 
+    table: Tensor
+
     def __init__(self, num_classes: int, num_features: int, scale: float = 30.0, momentum: float = 0.5):
         super().__init__()
         self.scale = scale
         self.momentum = momentum
         self.register_buffer("table", torch.zeros(num_classes, num_features))
-        self._samples = []
+        self._samples: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def forward(self, embeddings: Tensor, labels: Tensor, mask: Tensor | None = None, turn: int = 0) -> Tensor:
         """Computes the loss, and in training mode remembers the samples for :meth:`after_step`.
@@ -71,7 +73,7 @@ class OIMLoss(nn.Module):
         if not samples:
             return
         x, labels, mask = (torch.cat(column) for column in list(zip(*samples, strict=True))[1:])
-        x, labels = x[mask].to(self.table.dtype), labels[mask]
+        x, labels = x[mask], labels[mask]
         # Identities do not touch each other's rows: one round takes the k-th sample of every identity that has one.
         order = labels.argsort(stable=True)
         rows, counts = labels.unique(return_counts=True)
@@ -80,7 +82,7 @@ class OIMLoss(nn.Module):
             more = counts > k
             row = rows[more]
             update = self.momentum * self.table[row] + (1 - self.momentum) * x[order[first[more] + k]]
-            self.table[row] = F.normalize(update, dim=1)
+            self.table[row] = F.normalize(update, dim=1).to(self.table.dtype)
 
     def extra_repr(self) -> str:
         return f"{list(self.table.shape)}, scale={self.scale}, momentum={self.momentum}"

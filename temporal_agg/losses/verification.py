@@ -42,7 +42,7 @@ class VerificationLoss(nn.Module):
                 f"expected embeddings [N, C] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."
             )
         probes, gallery = labels[0::2], labels[1::2]
-        if len(labels) % 2 or len(labels) == 0 or not (torch.compiler.is_compiling() or torch.equal(probes, gallery)):
+        if len(labels) % 2 or len(labels) == 0 or not (masked.is_compiling() or torch.equal(probes, gallery)):
             raise ValueError(
                 "the verification loss takes batches of pairs: samples 2j and 2j + 1 must be of one person, got the "
                 f"labels {labels.tolist()}. Use the paired batch sampler."

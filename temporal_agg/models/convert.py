@@ -36,7 +36,7 @@ def convert_grl(cnn: Mapping[str, Tensor], siamese: Mapping[str, Tensor]) -> dic
     Raises:
         ValueError: names that this code does not have.
     """
-    cnn, ours = dict(cnn), {}
+    cnn, ours = dict(cnn), dict[str, Tensor]()
     for i, name in enumerate(_STEM):
         if name:
             _move(cnn, f"backbone.base.{i}.", ours, f"{_BACKBONE}{name}.")
@@ -44,10 +44,15 @@ def convert_grl(cnn: Mapping[str, Tensor], siamese: Mapping[str, Tensor]) -> dic
     for theirs, name in (
         ("glo_fc.0", "embed.0"),
         ("glo_fc.1", "embed.1"),
-        ("corr_atte.0", "join"),
         *((f"corr_atte.{i}", f"correlate.{i - 1}") for i in (1, 2, 3, 5, 6)),
     ):
         _move(cnn, f"backbone.{theirs}.", ours, f"{gce}{name}.")
+    _move(cnn, "backbone.corr_atte.0.", ours, f"{gce}join.")  # over [map, clip], which are two layers here
+    joined, C = ours[f"{gce}join.weight"], ours[f"{gce}embed.0.weight"].shape[1]
+    ours[f"{gce}join.weight"], ours[f"{gce}join_clip.weight"] = (
+        joined[:, :C].contiguous(),
+        joined[:, C:, 0, 0].contiguous(),
+    )
     block = "temporal_learning_block."
     # The authors write "foreward" here.
     for g, (way, attention) in enumerate((("forward", "foreward"), ("backward", "backward"))):
@@ -79,7 +84,7 @@ def convert_gltr(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: names that this code does not have.
     """
-    theirs, ours = dict(weights), {}
+    theirs, ours = dict(weights), dict[str, Tensor]()
     for name in _STEM:
         if name:
             _move(theirs, f"{name}.", ours, f"{_BACKBONE}{name}.")

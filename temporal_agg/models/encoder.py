@@ -1,24 +1,45 @@
-"""Any timm backbone as a frame encoder: images -> the last feature maps ``[N, C, h, w]``."""
+"""Any timm backbone as a frame encoder: images -> the last feature maps ``[N, C, h, w]``.
+
+Encoders that change a backbone have a prefix of their own before its name (``lsta_resnet50``) and a place in the list
+here, by :func:`register_encoder`.
+"""
 
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
-from timm.layers import BlurPool2d, PatchEmbed
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FrameEncoder"]
+from .inputs import check_images
+
+__all__ = ["FrameEncoder", "create_encoder", "register_encoder"]
 
 DEFAULT_SIZE = (256, 128)
+Size = tuple[int, int]  # height and width
 _RESERVED = {"checkpoint_path", "features_only", "img_size", "num_classes", "pretrained"}
 _MISFIT = (AssertionError, RuntimeError, ValueError)  # what timm's models raise at a size they do not take
+
+
+def import_timm() -> ModuleType:
+    """timm, which is imported when the first backbone is named: aggregators and criteria do without."""
+    try:
+        import timm
+        import timm.data
+        import timm.layers
+        import timm.models
+    except ImportError as error:
+        raise ImportError(
+            f"models need timm (pip install 'timm>=1.0.8'), which cannot be imported: {error}."
+        ) from error
+    return timm
 
 
 class FrameEncoder(nn.Module):
@@ -34,10 +55,10 @@ class FrameEncoder(nn.Module):
 
     Args:
         backbone: the name of a timm model; or an instance, which is then changed in place.
-        pretrained: load timm's weights, downloading them if need be. For a name only.
+        pretrained: load timm's weights into the backbone, downloading them if need be. For a name only.
         last_stride: 1 = the last stage of a ResNet keeps the resolution of the one before it, without dilation;
             2 or None = as timm builds it.
-        img_size: height and width of the frames, in pixels.
+        img_size: height and width of the frames, in pixels, such as ``(256, 128)``.
         grad_checkpointing: compute the activations again in the backward pass instead of keeping them, as far as timm's
             model does.
         backbone_kwargs: further arguments of ``timm.create_model``. For a name only.
@@ -53,6 +74,7 @@ class FrameEncoder(nn.Module):
             ``last_stride=1`` outside the ResNet family, or checkpointing where the model has none.
     """
 
+    prefix = ""  # of its backbones' names
     uses_flow = False  # True: forward takes optical flow
 
     def __init__(
@@ -63,15 +85,18 @@ class FrameEncoder(nn.Module):
         last_stride: int | None = None,
         img_size: tuple[int, int] | None = None,
         grad_checkpointing: bool = False,
-        backbone_kwargs: dict | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
     ):
         super().__init__()
         if last_stride not in (None, 1, 2):
             raise ValueError(f"last_stride must be 1, 2 or None, got {last_stride!r}.")
         backbone_kwargs = dict(backbone_kwargs or {})
         if isinstance(backbone, str):
+            backbone = backbone.removeprefix(self.prefix)
             if reserved := sorted(_RESERVED & set(backbone_kwargs)):
                 raise TypeError(f"backbone_kwargs cannot have {', '.join(reserved)}: the encoder sees to that itself.")
+            if (cls := encoder_class(backbone)) is not FrameEncoder:
+                raise ValueError(f"{backbone!r} is built by {cls.__name__}: create_encoder({backbone!r}, ...).")
             check_backbone_name(backbone)
             build = partial(_create, backbone, pretrained, backbone_kwargs)
         else:
@@ -88,10 +113,10 @@ class FrameEncoder(nn.Module):
         _freeze_unreached(self.backbone, maps)
         self.num_features = maps.shape[1]
         self.data_config = {**_data_config(self.backbone), "input_size": (3, *size)}
-        self.config = None
+        self.config: dict[str, Any] | None = None
         if isinstance(backbone, str):
             self.config = {
-                "backbone": backbone,
+                "backbone": self.prefix + backbone,
                 "last_stride": None,
                 "img_size": list(size),
                 "backbone_kwargs": backbone_kwargs,
@@ -102,7 +127,7 @@ class FrameEncoder(nn.Module):
             raise ValueError(_NO_LAST_STRIDE.format(type(self.backbone).__name__, 2))
         if grad_checkpointing:
             try:
-                self.backbone.set_grad_checkpointing(True)
+                cast(Any, self.backbone).set_grad_checkpointing(True)
             except (AssertionError, AttributeError) as error:
                 raise ValueError(
                     f"{type(self.backbone).__name__} has no gradient checkpointing: leave grad_checkpointing out."
@@ -130,9 +155,21 @@ class FrameEncoder(nn.Module):
         return self._maps(frames)
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout in which it is fastest, for ``encoder.to(memory_format=...)`` and its frames: ``channels_last``
+        for convolutional backbones, ``contiguous_format`` for transformers.
+
+        What counts is that of the layers with weights more than one in 16 is a convolution wider than 1x1: of resnet50's
+        32 %, of efficientnet_b0's 20 %, of maxvit_nano's 9 %; Swin and ViT have one in 50, their patch embedding.
+        """
+        layers = [module for module in self.backbone.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        wide = sum(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in layers)
+        return torch.channels_last if 16 * wide > len(layers) else torch.contiguous_format
+
+    @property
     def has_last_stride(self) -> bool:
         """Whether ``last_stride`` applies: the ResNet family, the way timm builds it by default."""
-        return isinstance(self.backbone, ResNet) and any(_strided(self.backbone.layer4[0]))
+        return is_resnet(self.backbone) and any(_strided(self._last_block()))
 
     def remove_last_stride(self) -> None:
         """What ``last_stride=1`` does. The weights stay what they are.
@@ -145,7 +182,7 @@ class FrameEncoder(nn.Module):
         """
         if not self.has_last_stride:
             raise ValueError(_NO_LAST_STRIDE.format(type(self.backbone).__name__, 1))
-        block = self.backbone.layer4[0]
+        block = self._last_block()
         for parent, name, module in list(_strided(block)):
             if isinstance(module, nn.AvgPool2d) and module.kernel_size in (2, (2, 2)):
                 setattr(parent, name, UnstridedAvgPool())
@@ -153,24 +190,24 @@ class FrameEncoder(nn.Module):
                 module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1
         if hasattr(block, "stride"):
             block.stride = 1
-        info = self.backbone.feature_info[-1]
+        info = cast(Any, self.backbone).feature_info[-1]
         info["reduction"] = info["reduction"] // 2
         if self.config is not None:
             self.config["last_stride"] = 1
 
+    def _last_block(self) -> Any:
+        """The first residual block of a ResNet's last stage."""
+        return cast(Any, self.backbone).layer4[0]
+
     def _maps(self, frames: Tensor) -> Tensor:
-        return self.backbone.forward_intermediates(
+        return cast(Any, self.backbone).forward_intermediates(
             frames, indices=self._indices, output_fmt="NCHW", intermediates_only=True, **self._norm
         )[0]
 
-    def _fit(
-        self, build: Callable[[tuple[int, int] | None], nn.Module], size: tuple[int, int] | None
-    ) -> tuple[Tensor, tuple[int, int]]:
+    def _fit(self, build: Callable[[Size | None], nn.Module], img_size: Size | None) -> tuple[Tensor, Size]:
         """Builds the backbone for the wanted size, or failing the default one for its own; returns maps and size."""
-        if size is not None:
-            size = tuple(size)
-            if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"img_size must be the height and width of the frames in pixels, got {size}.")
+        if img_size is not None:
+            size = check_size(img_size)
             try:
                 backbone = build(size)
                 whole = _whole_patches(backbone, size)
@@ -195,7 +232,9 @@ class FrameEncoder(nn.Module):
 
     def _prepare(self, backbone: nn.Module, size: tuple[int, int]) -> Tensor:
         """Cuts the backbone down to what the maps need, and returns those of one black frame, with their graph."""
-        if not hasattr(backbone, "forward_intermediates"):
+        timm = import_timm()
+        forward = getattr(backbone, "forward_intermediates", None)
+        if forward is None:
             raise TypeError(
                 f"{type(backbone).__name__} has no forward_intermediates in timm {timm.__version__}: pass the name of "
                 "a timm model, or what timm.create_model returns without features_only; or update timm, whose older "
@@ -204,12 +243,12 @@ class FrameEncoder(nn.Module):
         self.backbone = backbone
         self._indices = [-1]
         if hasattr(backbone, "prune_intermediate_layers"):
-            prune = partial(backbone.prune_intermediate_layers, [-1], prune_norm=False)
+            prune = partial(cast(Any, backbone).prune_intermediate_layers, [-1], prune_norm=False)
             try:
                 self._indices = prune(prune_head=True)  # these count the layers that are left
             except AssertionError:  # a head that older versions of timm cannot remove; it gets frozen
                 self._indices = prune(prune_head=False)
-        takes_norm = "norm" in inspect.signature(backbone.forward_intermediates).parameters
+        takes_norm = "norm" in inspect.signature(forward).parameters
         weight = next(backbone.parameters())
         frame = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
         modes = [(module, module.training) for module in backbone.modules()]
@@ -241,16 +280,82 @@ class UnstridedAvgPool(nn.Module):
         return F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False)[..., 1:, 1:]
 
 
+@dataclass(frozen=True)
+class _Registered:
+    cls: type[FrameEncoder]
+    tested: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+
+_ENCODERS: dict[str, _Registered] = {}  # by prefix
+Class = TypeVar("Class", bound=type[FrameEncoder])
+
+
+def register_encoder(*, tested: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[Class], Class]:
+    """Registers a :class:`FrameEncoder` subclass by its ``prefix``: backbones of that name are then built by it.
+
+    Args:
+        tested: timm models that it is tested with, for ``list_models``.
+        aliases: what ``<name>_<timm model>`` stands for: the aggregator that goes with this encoder.
+    """
+
+    def register(cls: Class) -> Class:
+        _ENCODERS[cls.prefix] = _Registered(cls, tested, aliases)
+        return cls
+
+    return register
+
+
+def encoder_class(backbone: str) -> type[FrameEncoder]:
+    """The class that builds a backbone of this name."""
+    return next((entry.cls for prefix, entry in _ENCODERS.items() if backbone.startswith(prefix)), FrameEncoder)
+
+
+def create_encoder(backbone: str, **options: Any) -> FrameEncoder:
+    """Builds a frame encoder by the name of its backbone: a timm model's, or one with a prefix, ``lsta_<resnet>``.
+
+    Args:
+        backbone: the name.
+        **options: of :class:`FrameEncoder`, or of the class that the prefix stands for (:class:`StarEncoder`).
+
+    Raises:
+        TypeError: an option that it does not have.
+        ValueError: as :class:`FrameEncoder`.
+    """
+    return encoder_class(backbone)(backbone, **options)
+
+
+def tested_with_prefix() -> list[str]:
+    """The backbones with a prefix that are tested."""
+    return [prefix + name for prefix, entry in _ENCODERS.items() for name in entry.tested]
+
+
+def name_aliases() -> dict[str, tuple[str, str]]:
+    """Names of systems -> their aggregator and the prefix of their backbones."""
+    return {
+        alias: (aggregator, prefix)
+        for prefix, entry in _ENCODERS.items()
+        for alias, aggregator in entry.aliases.items()
+    }
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a backbone has that name, whatever stands behind its dot."""
+    return import_timm().is_model(name.removeprefix(encoder_class(name).prefix).partition(".")[0])
+
+
 def check_backbone_name(name: str) -> None:
-    """Raises ValueError unless timm has a model (and weights tag) of that name; the message has the nearest ones."""
-    arch, _, tag = name.partition(".")
+    """Raises ValueError unless there is a backbone (and weights tag) of that name; the message has the nearest ones."""
+    timm = import_timm()
+    prefix = encoder_class(name).prefix
+    arch, _, tag = name.removeprefix(prefix).partition(".")
     if any(c in name for c in ":/\\"):
         raise ValueError(
             f"{name!r} is not the name of a timm model; build it with timm.create_model({name!r}, num_classes=0) and "
             "pass the instance."
         )
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+        near = [prefix + other for other in difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(f"timm {timm.__version__} has no model named {arch!r}; {hint}See timm.list_models().")
     if tag:
@@ -259,18 +364,33 @@ def check_backbone_name(name: str) -> None:
             raise ValueError(f"{arch!r} has no weights tagged {tag!r}; it has: {', '.join(tags) or 'none'}.")
 
 
-def check_images(name: str, images: Tensor, channels: int, lead: str = "N") -> None:
-    """Raises unless ``images`` is a floating-point tensor ``[lead, channels, H, W]``."""
-    wanted = f"[{lead}, {channels}, H, W]"
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"{name} must be a normalised floating-point tensor {wanted}, got {got}.")
-    if images.dim() != lead.count(",") + 4 or images.shape[-3] != channels:
-        raise ValueError(f"{name} must have the shape {wanted}, got {list(images.shape)}.")
+def check_size(size: Any) -> Size:
+    """Height and width, as two whole numbers.
+
+    Raises:
+        ValueError: something else, such as one number, or sizes below 1.
+    """
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(_is_whole(side) for side in size):
+        square = f": for square frames write ({size}, {size})" if _is_whole(size) else ""
+        raise ValueError(
+            f"img_size must be the height and width of the frames in pixels, such as (256, 128), got {size!r}{square}."
+        )
+    if min(size) < 1:
+        raise ValueError(f"img_size must be the height and width of the frames in pixels, got {tuple(size)}.")
+    return int(size[0]), int(size[1])
 
 
-def _create(name: str, pretrained: bool, kwargs: dict, size: tuple[int, int] | None) -> nn.Module:
-    create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, **kwargs)
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def is_resnet(backbone: nn.Module) -> bool:
+    """Whether it is of timm's ResNet class."""
+    return isinstance(backbone, import_timm().models.resnet.ResNet)
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any], size: Size | None) -> nn.Module:
+    create = partial(import_timm().create_model, name, pretrained=pretrained, num_classes=0, **kwargs)
     if size is None:
         return create()
     try:
@@ -281,27 +401,32 @@ def _create(name: str, pretrained: bool, kwargs: dict, size: tuple[int, int] | N
         return create()  # its constructor has no such argument: it takes frames of any size
 
 
-def _resize(backbone: nn.Module, size: tuple[int, int] | None, exact: bool) -> nn.Module:
+def _resize(backbone: nn.Module, size: Size | None, exact: bool) -> nn.Module:
     if exact and hasattr(backbone, "set_input_size"):
-        backbone.set_input_size(img_size=size)
+        cast(Any, backbone).set_input_size(img_size=size)
     return backbone
 
 
-def _whole_patches(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+def _patch_embeds(backbone: nn.Module) -> list[Any]:
+    kind = import_timm().layers.PatchEmbed
+    return [module for module in backbone.modules() if isinstance(module, kind)]
+
+
+def _whole_patches(backbone: nn.Module, size: Size) -> Size:
     """The size without the rows and columns that make no whole patch, and that the backbone would cut off."""
-    embeds = [m for m in backbone.modules() if isinstance(m, PatchEmbed) and not m.dynamic_img_pad]
-    return tuple(s - s % math.lcm(*(embed.patch_size[i] for embed in embeds)) for i, s in enumerate(size))
+    patches = [embed.patch_size for embed in _patch_embeds(backbone) if not embed.dynamic_img_pad]
+    height, width = (side - side % math.lcm(*(patch[i] for patch in patches)) for i, side in enumerate(size))
+    return height, width
 
 
-def _own_size(backbone: nn.Module) -> tuple[int, int]:
-    for module in backbone.modules():
-        if isinstance(module, PatchEmbed) and module.img_size is not None:
-            return tuple(module.img_size)
-    return tuple(_data_config(backbone)["input_size"][1:])
+def _own_size(backbone: nn.Module) -> Size:
+    sizes = [embed.img_size for embed in _patch_embeds(backbone) if embed.img_size is not None]
+    height, width = sizes[0] if sizes else _data_config(backbone)["input_size"][1:]
+    return height, width
 
 
-def _data_config(backbone: nn.Module) -> dict:
-    config = resolve_model_data_config(backbone)
+def _data_config(backbone: nn.Module) -> dict[str, Any]:
+    config = import_timm().data.resolve_model_data_config(backbone)
     return {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
 
 
@@ -309,7 +434,9 @@ def _freeze_unreached(backbone: nn.Module, maps: Tensor) -> None:
     """Freezes the parameters that the graph of ``maps`` does not lead to."""
     if maps.grad_fn is None:  # all are frozen already
         return
-    reached, seen, nodes = set(), set(), [maps.grad_fn]
+    reached: set[int] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [maps.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -322,9 +449,10 @@ def _freeze_unreached(backbone: nn.Module, maps: Tensor) -> None:
             parameter.requires_grad_(False)
 
 
-def _strided(block: nn.Module):
+def _strided(block: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """The operations of stride 2 in a residual block, each with the module that holds it and its name there."""
+    kinds = (nn.Conv2d, nn.AvgPool2d, import_timm().layers.BlurPool2d)
     for parent in block.modules():
         for name, module in parent.named_children():
-            if isinstance(module, (nn.Conv2d, nn.AvgPool2d, BlurPool2d)) and module.stride in (2, (2, 2)):
+            if isinstance(module, kinds) and module.stride in (2, (2, 2)):
                 yield parent, name, module

@@ -1,27 +1,28 @@
-"""Models by name: ``<aggregator>_<timm model>``."""
+"""Models by name: ``<aggregator>_<backbone>``."""
 
 import dataclasses
 import difflib
 import fnmatch
 import inspect
-import logging
 import os
-
-import timm
+from typing import Any
 
 from ..aggregators.registry import ClipConfig, aggregator_options, create_aggregator, list_aggregators, registry_entry
-from . import hub, manifest
-from .encoder import FrameEncoder, check_backbone_name
-from .star import StarEncoder
+from . import manifest
+from .config import read as read_config
+from .encoder import (
+    check_backbone_name,
+    create_encoder,
+    encoder_class,
+    is_backbone,
+    name_aliases,
+    tested_with_prefix,
+)
+from .star import StarEncoder as StarEncoder  # which registers itself
 from .tracklet import TrackletModel
-from .weights import load_weights
+from .weights import load_backbone, load_weights
 
 __all__ = ["create_model", "list_models"]
-
-_log = logging.getLogger(__name__)
-
-# Prefixes that are no aggregator's name: encoder and aggregator.
-_PREFIXES = {"star": (StarEncoder, "gsta")}
 
 _BACKBONES = (
     "convnext_tiny",
@@ -31,7 +32,6 @@ _BACKBONES = (
     "swin_tiny_patch4_window7_224",
     "vit_small_patch16_224",
 )
-_STAR_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 def create_model(
@@ -40,10 +40,11 @@ def create_model(
     *,
     pretrained_tag: str | None = None,
     backbone_pretrained: bool = False,
+    backbone_weights: str | os.PathLike | None = None,
     checkpoint_path: str | os.PathLike | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> TrackletModel:
     """Builds a model by name.
 
@@ -51,15 +52,19 @@ def create_model(
     backbone's weights never where full weights follow.
 
     Args:
-        name: ``<aggregator>_<timm model>[.<weights>]``, such as ``gltr_convnext_tiny``: any of
-            :func:`list_aggregators` or ``star``, before any timm model that gives maps; or a saved model,
-            ``local-dir:<path>`` or ``hf-hub:<owner>/<repo>[@<revision>]``.
+        name: ``<aggregator>_<backbone>[.<weights>]``, such as ``gltr_convnext_tiny``: any of :func:`list_aggregators`
+            before any timm model that gives maps, or before ``lsta_<resnet>``, STAR's backbone
+            (``star_<resnet>`` is ``gsta_lsta_<resnet>``); or a saved model, ``local-dir:<path>`` or
+            ``hf-hub:<owner>/<repo>[@<revision>]``. Where several aggregators' names begin a name, the longest counts
+            whose rest is a backbone.
         pretrained: load the weights that were released for this name, with the options and the preprocessing that they
             were trained with, where ``kwargs`` do not say otherwise. Their checksum is checked. Weights that are only
-            planned are looked for on the Hub all the same.
+            planned are an error that says what to do.
         pretrained_tag: which of them; also behind the name, as in ``loga_resnet50.mars``. None = the first in the
             manifest.
         backbone_pretrained: load timm's weights into the backbone. Nothing to do where full weights are loaded.
+        backbone_weights: load this file into the backbone, as far as it fits: a ``.safetensors`` or ``torch.save`` file
+            of any origin (:func:`load_weights`). The log says what did not fit; less than half is an error.
         checkpoint_path: load these weights: a ``.safetensors`` file, or a directory that ``save_pretrained`` wrote.
         revision: for ``hf-hub:`` names and ``pretrained``: a branch, tag or commit.
         cache_dir: where downloads are kept; None = where huggingface_hub keeps them.
@@ -72,24 +77,32 @@ def create_model(
 
     Raises:
         ValueError: an unknown aggregator, backbone or source (the message has the nearest names), weights that do not
-            fit or have another checksum, or ``pretrained`` where none are released or planned.
+            fit or have another checksum, two weights for one thing, or ``pretrained`` where none are released or
+            planned.
         TypeError: an unknown option (the message lists those there are).
-        FileNotFoundError: planned weights that have not been released yet (the message says what to do meanwhile), and
+        FileNotFoundError: planned weights, which have not been released (the message says what to do meanwhile), and
             what :meth:`TrackletModel.from_pretrained` does not find.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a model is named by a string, for a directory 'local-dir:<path>', got {name!r}.")
     if pretrained_tag is not None and not pretrained:
         raise ValueError(f"pretrained_tag={pretrained_tag!r} goes with pretrained=True only.")
     if name.startswith(("hf-hub:", "local-dir:")):
-        if kwargs or pretrained or backbone_pretrained or checkpoint_path is not None:
+        if kwargs or pretrained or backbone_pretrained or not (backbone_weights is checkpoint_path is None):
             raise TypeError(f"{name!r} comes with its weights and options: pass the name, revision and cache_dir only.")
-        return TrackletModel.from_pretrained(name.removeprefix("local-dir:"), revision=revision, cache_dir=cache_dir)
-    if any(c in name for c in ":/\\"):
+        return TrackletModel.from_pretrained(name, revision=revision, cache_dir=cache_dir)
+    if any(c in name for c in ":/\\~"):
         raise ValueError(
             f"{name!r} is not the name of a model: use 'hf-hub:<owner>/<repo>' for one on the Hub, 'local-dir:<path>' "
             "for a directory, or '<aggregator>_<timm model>' for a new one."
         )
     if revision is not None and not pretrained:
         raise ValueError(f"revision goes with hf-hub: names and pretrained, got revision={revision!r} for {name!r}.")
+    if backbone_weights is not None and (pretrained or backbone_pretrained or checkpoint_path is not None):
+        raise ValueError(
+            "backbone_weights and pretrained, backbone_pretrained or checkpoint_path all name weights of the backbone: "
+            "pass one of them."
+        )
     weights = None
     if pretrained:
         if checkpoint_path is not None:
@@ -97,10 +110,9 @@ def create_model(
         weights = manifest.find(name, pretrained_tag)
         name = weights.name.partition(".")[0]
 
-    prefix, backbone = _split(name)
-    encoder_class, aggregator_name = _PREFIXES.get(prefix, (FrameEncoder, prefix))
+    aggregator_name, backbone = _split(name)
     encoder_options = [
-        p for p in inspect.signature(encoder_class).parameters if p not in ("backbone", "pretrained", "kwargs")
+        p for p in inspect.signature(encoder_class(backbone)).parameters if p not in ("backbone", "pretrained")
     ]
     options = aggregator_options(aggregator_name)
     unknown = sorted(set(kwargs) - {*encoder_options, *options, "clip"})
@@ -114,11 +126,13 @@ def create_model(
     if weights is not None:
         return _load_released(weights, revision, cache_dir, kwargs)
 
-    encoder = encoder_class(
+    encoder = create_encoder(
         backbone,
         pretrained=backbone_pretrained and checkpoint_path is None,
         **{k: v for k, v in kwargs.items() if k in encoder_options},
     )
+    if backbone_weights is not None:
+        load_backbone(encoder.backbone, backbone_weights)
     entry = registry_entry(aggregator_name)
     if entry.last_stride == 1 and kwargs.get("last_stride") is None and encoder.has_last_stride:
         encoder.remove_last_stride()
@@ -129,8 +143,8 @@ def create_model(
         aggregator_name, encoder.num_features, **{k: v for k, v in kwargs.items() if k in options}
     )
     if isinstance(clip, dict):
-        length = {} if aggregator.clip_length is None else {"length": aggregator.clip_length}
-        clip = dataclasses.replace(entry.clip, **{**length, **clip})
+        own = {} if aggregator.clip_length is None else {"length": aggregator.clip_length}
+        clip = dataclasses.replace(entry.clip, **{**own, **clip})
     model = TrackletModel(encoder, aggregator, clip)
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path)
@@ -138,7 +152,8 @@ def create_model(
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """The tested names that match a shell-style ``pattern``, sorted. Any other timm model works behind a prefix too.
+    """The tested names that match a shell-style ``pattern``, sorted. Any other timm model works behind an aggregator's
+    name too.
 
     Args:
         pattern: such as ``"gltr_*"``.
@@ -146,31 +161,40 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     """
     names = {weights.name for weights in manifest.read().values() if weights.released}
     if not pretrained:
-        names |= {f"{a}_{b}" for a in list_aggregators() for b in _BACKBONES}
-        names |= {f"{p}_{b}" for p in _PREFIXES for b in _STAR_BACKBONES}
+        special = tested_with_prefix()
+        names |= {f"{a}_{b}" for a in list_aggregators() for b in (*_BACKBONES, *special)}
+        for alias, (_, prefix) in name_aliases().items():
+            names |= {f"{alias}_{b.removeprefix(prefix)}" for b in special if b.startswith(prefix)}
     return sorted(fnmatch.filter(names, pattern))
 
 
 def _split(name: str) -> tuple[str, str]:
-    """``gltr_released_resnet50`` -> (``gltr_released``, ``resnet50``); the longest prefix that is known wins."""
-    prefixes = sorted({*list_aggregators(), *_PREFIXES}, key=len, reverse=True)
-    for prefix in prefixes:
-        if name.startswith(prefix + "_"):
-            backbone = name.removeprefix(prefix + "_")
-            check_backbone_name(backbone)
-            return prefix, backbone
-    if timm.is_model(name) or name in prefixes:
-        hint = f"for example {name}_resnet50" if name in prefixes else f"for example mean_{name}"
+    """``gltr_released_resnet50`` -> (``gltr_released``, ``resnet50``): of the aggregators whose names begin it, the
+    longest whose rest is a backbone."""
+    known = {**{aggregator: (aggregator, "") for aggregator in list_aggregators()}, **name_aliases()}
+    found = [
+        (aggregator, prefix + name.removeprefix(f"{begin}_"))
+        for begin, (aggregator, prefix) in sorted(known.items(), key=lambda item: -len(item[0]))
+        if name.startswith(f"{begin}_")
+    ]
+    if found:
+        best = next((split for split in found if is_backbone(split[1])), found[0])
+        check_backbone_name(best[1])
+        return best
+    if name in known or is_backbone(name):
+        hint = f"for example {name}_resnet50" if name in known else f"for example mean_{name}"
         raise ValueError(f"a model is named '<aggregator>_<timm model>', {hint}; got {name!r}.")
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(
         f"no aggregator's name starts {name!r}; {hint}Names are '<aggregator>_<timm model>' with one of: "
-        f"{', '.join(sorted(prefixes))}."
+        f"{', '.join(sorted(known))}."
     )
 
 
-def _check_clip(clip: ClipConfig | dict | None) -> None:
+def _check_clip(clip: Any) -> None:
+    if clip is not None and not isinstance(clip, (ClipConfig, dict)):
+        raise TypeError(f"clip must be a ClipConfig, or a dict of some of its fields, got {clip!r}.")
     fields = [f.name for f in dataclasses.fields(ClipConfig)]
     unknown = sorted(set(clip) - set(fields)) if isinstance(clip, dict) else []
     if unknown:
@@ -178,25 +202,21 @@ def _check_clip(clip: ClipConfig | dict | None) -> None:
 
 
 def _load_released(
-    weights: manifest.Weights, revision: str | None, cache_dir: str | os.PathLike | None, kwargs: dict
+    weights: manifest.Weights, revision: str | None, cache_dir: str | os.PathLike | None, kwargs: dict[str, Any]
 ) -> TrackletModel:
     """The model of an entry of the manifest, with the options that it was trained with, but for ``kwargs``."""
-    sha256 = weights.sha256 if revision in (None, weights.revision) else None
-    try:
-        directory = hub.download(weights.repo, revision or weights.revision, cache_dir, sha256)
-    except (ConnectionError, FileNotFoundError) as error:
-        if weights.released:
-            raise
-        raise FileNotFoundError(
-            f"the weights {weights.name} are planned and had not been released when this version of temporal-agg was; "
-            f"they will be at {weights.repo} on the Hub ({error}) Until then: backbone_pretrained=True starts from "
-            f"timm's backbone weights, checkpoint_path=... loads your own, and `{weights.command}` trains them."
-        ) from error
     if not weights.released:
-        _log.warning("%s is on the Hub, but not in this version's manifest: update temporal-agg.", weights.name)
-    config = hub.read_config(directory / hub.CONFIG)
-    if config["architecture"].partition(".")[0] != weights.name.partition(".")[0]:
-        raise ValueError(f"{weights.repo} holds a {config['architecture']}, expected {weights.name}: report it.")
-    model = hub.build(TrackletModel, directory / hub.CONFIG, **{k: v for k, v in kwargs.items() if v is not None})
-    load_weights(model, directory)
-    return model.eval()
+        raise FileNotFoundError(
+            f"the weights {weights.name} are planned and have not been released, so that the Hub is not asked for them. "
+            "Until then: backbone_pretrained=True starts from timm's backbone weights, checkpoint_path=... loads your "
+            f"own, `{weights.command}` trains them, and 'hf-hub:<owner>/<repo>' loads what somebody whom you trust has "
+            "published."
+        )
+    from . import hub
+
+    sha256 = weights.sha256 if revision in (None, weights.revision) else None
+    directory = hub.download(weights.repo, revision or weights.revision, cache_dir, sha256)
+    said = read_config(directory / hub.CONFIG)["architecture"]
+    if _split(said.partition(".")[0]) != _split(weights.name.partition(".")[0]):
+        raise ValueError(f"{weights.repo} holds a {said}, expected {weights.name}: report it.")
+    return hub.restore(directory, **{key: value for key, value in kwargs.items() if value is not None})

@@ -1,269 +1,152 @@
-"""Models to and from a directory or the Hub: ``config.json`` says how to build one, ``model.safetensors`` fills it."""
+"""Models to and from a directory or the Hub: ``config.json`` says how to build one, ``model.safetensors`` fills it.
 
-import dataclasses
-import inspect
+The two belong together. Each save gives both one mark, made of the weights; a pair whose marks differ is refused.
+Files are replaced one at a time, so a new config waits beside the old one until its weights are there: whenever the
+process is killed, what is read is the old pair or the new one.
+"""
+
+import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors
 import safetensors.torch
-import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .._files import replace_file
-from .._version import __version__
-from ..aggregators.registry import ClipConfig, create_aggregator, registry_entry
+from .._files import locked, read_json, replace_file
 from . import manifest
-from .encoder import FrameEncoder
-from .star import StarEncoder
-from .weights import WEIGHTS, check_sha256, load_weights
+from .config import CONFIG, build, describe
+from .config import read as read_config
+from .tracklet import TrackletModel
+from .weights import WEIGHTS, check_sha256, load_weights, path_of, plain_state, unwrap
 
-__all__ = ["HubMixin"]
+__all__ = ["download", "load", "push", "read_config", "restore", "save", "upload"]
 
-CONFIG = "config.json"
-FORMAT = 2  # of config.json
-_KEYS = {"format", "architecture", "encoder", "aggregator", "clip", "data_config", "versions"}
+_WAITING = f".{CONFIG}.next"  # the config of weights that are about to arrive
+_LOCK = ".save.lock"
 
-ENCODERS = {"frame": FrameEncoder, "star": StarEncoder}
-_NOT_IN_CONFIG = {"pretrained", "grad_checkpointing"}  # arguments that leave the loaded model what it is
 
-# The arguments that configs of an older format leave out, with the values that they then had. A new argument of an
-# encoder or an aggregator raises FORMAT and has its place in the row of the format before.
-LEFT_OUT = {
-    1: {
-        "fgra": {
-            "num_regions": 4,
-            "reduced_features": 1024,
-            "global_branch": True,
-            "local_branch": "aligned",
-            "temporal": "alignment",
-            "spatial": "attention",
-        },
-        "gltr": {
-            "embed_features": 128,
-            "branches": 3,
-            "pyramid": "dilated",
-            "normalize": "softmax",
-            "dtp": True,
-            "tsa": True,
-        },
-        "gltr_released": {"embed_features": 128},
-        "grl": {"parts": None, "directions": ["forward", "backward"], "enhancement": True, "memory": True},
-        "grl_released": {"parts": None, "directions": ["forward", "backward"], "enhancement": True, "memory": True},
-        "gsta": {"hidden_features": 512},
-        "loga": {
-            "clip_length": 10,
-            "part_size": 10,
-            "assembly": "associatively",
-            "quality": "frames",
-            "scale": None,
-        },
-        "lstm": {"hidden_features": 512},
+def save(model: nn.Module, directory: str | os.PathLike) -> None:
+    """What :meth:`TrackletModel.save_pretrained` does. The model may be wrapped (:func:`unwrap`)."""
+    config = describe(model)
+    model = unwrap(model)
+    state = model.state_dict()
+    # Copies: safetensors takes neither tensors that share memory nor strided ones (channels_last).
+    weights = {
+        name: state[key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, key in plain_state(model).items()
     }
-}
+    config["weights"] = _mark(weights)
+    metadata = {"format": "pt", "library": "temporal_agg", "architecture": config["architecture"]}
+    metadata |= {**config["versions"], "weights": config["weights"]}
 
-
-class HubMixin:
-    """``save_pretrained``, ``push_to_hub`` and ``from_pretrained`` for :class:`TrackletModel`."""
-
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors``.
-
-        Both are written under temporary names before either is renamed: an interrupted call leaves what was there.
-
-        Args:
-            directory: made if it does not exist; files of an earlier call are replaced.
-
-        Raises:
-            ValueError: the encoder or the aggregator was built by hand, so that nothing says how to build it again.
-        """
-        config = describe(self)
-        content = json.dumps(config, indent=2) + "\n"
-        # Copies: safetensors takes neither tensors that share memory nor strided ones (channels_last).
-        weights = {
-            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, value in self.state_dict().items()
-        }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", "library": "temporal_agg", "architecture": config["architecture"]}
-        metadata |= config["versions"]
-
-        def write(path: Path) -> None:
+    def write_weights(path: Path) -> None:
+        try:
             safetensors.torch.save_file(weights, path, metadata)
-            _sort_metadata(path)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+        _sort_metadata(path)
 
-        def write_config(path: Path) -> None:
-            path.write_text(content, encoding="utf-8")
-            replace_file(directory / WEIGHTS, write)
+    def write_config(path: Path) -> None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-        replace_file(directory / CONFIG, write_config)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        commit_message: str = "Upload model",
-    ) -> str:
-        """Uploads what :meth:`save_pretrained` writes, in one commit: all of it arrives or nothing does.
-
-        A failed call can be repeated: what has arrived is not sent again.
-
-        Args:
-            repo_id: ``<owner>/<repository>``; made if it does not exist.
-            revision: a branch, made if it does not exist; None = ``main``.
-            private: of a new repository.
-            token: None = the one that huggingface_hub has (``hf auth login``, ``HF_TOKEN``).
-            commit_message: the first line of the commit's message.
-
-        Returns:
-            The commit. ``create_model("hf-hub:<repo_id>@<commit>")`` gets this model whatever is pushed later.
-
-        Raises:
-            ValueError: as :meth:`save_pretrained`.
-        """
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            return upload(directory, repo_id, revision, private, token, commit_message)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-    ) -> nn.Module:
-        """Builds a saved model and loads its weights, in evaluation mode.
-
-        Access to the Hub is huggingface_hub's own: ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE``
-        work as everywhere.
-
-        Args:
-            source: a directory, or ``hf-hub:<owner>/<repo>[@<revision>]``.
-            revision: the branch, tag or commit of the Hub repository.
-            cache_dir: where downloads are kept; None = where huggingface_hub keeps them.
-
-        Returns:
-            The model, on the CPU.
-
-        Raises:
-            FileNotFoundError: no such directory, repository or revision, or a file is missing in it.
-            PermissionError: a gated repository.
-            ConnectionError: offline, and not in the cache.
-            ValueError: ``config.json`` describes no model that this version can build, the weights do not fit, or they
-                are not those that the manifest has for this commit.
-        """
-        directory = resolve_directory(source, revision, cache_dir)
-        model = build(cls, directory / CONFIG)
-        load_weights(model, directory / WEIGHTS)
-        return model.eval()
+    directory = path_of(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / _LOCK, str(directory)):
+        _settle(directory)
+        try:
+            replace_file(directory / _WAITING, write_config)
+            replace_file(directory / WEIGHTS, write_weights)
+        finally:
+            _settle(directory)
 
 
-def describe(model: nn.Module) -> dict:
-    """What ``config.json`` says about a :class:`TrackletModel`: every argument that it was built with."""
-    encoder, aggregator = model.encoder, model.aggregator
-    kind = next((kind for kind, cls in ENCODERS.items() if type(encoder) is cls), None)
-    if kind is None or encoder.config is None:
-        raise ValueError(
-            "the encoder cannot be described in config.json: build it from the name of a timm model, as in "
-            'FrameEncoder("resnet50") or create_model("mean_resnet50"); or keep model.state_dict() yourself.'
-        )
-    if aggregator.config is None:
-        raise ValueError(
-            "the aggregator cannot be described in config.json: build it with create_aggregator(name, in_features), "
-            "registering your own class with @register_aggregator; or keep model.state_dict() yourself."
-        )
-    parameters = inspect.signature(registry_entry(aggregator.config["name"]).build).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    config = {
-        "format": FORMAT,
-        "architecture": f"{aggregator.config['name'] if kind == 'frame' else kind}_{encoder.config['backbone']}",
-        "encoder": {"type": kind, **encoder.config},
-        "aggregator": {**defaults, **aggregator.config},
-        "clip": dataclasses.asdict(model.clip),
-        "data_config": encoder.data_config,
-        "versions": {"temporal_agg": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
-    }
-    try:
-        json.dumps(config)
-    except TypeError as error:
-        raise ValueError(
-            f"the model was built with options that config.json cannot hold ({error}): use numbers, strings, lists and "
-            "dicts only."
-        ) from error
-    if lost := _not_in(config):
-        raise ValueError(f"config.json would not say all that the model was built with: {', '.join(lost)} is missing.")
-    return config
+def load(
+    source: str | os.PathLike,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    cls: type[TrackletModel] = TrackletModel,
+) -> TrackletModel:
+    """What :meth:`TrackletModel.from_pretrained` does."""
+    return restore(resolve_directory(source, revision, cache_dir), cls)
 
 
-def read_config(path: Path) -> dict:
-    """Reads and checks a ``config.json``; what an older format leaves out gets the value that it then had."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
-    version = config.get("format") if isinstance(config, dict) else None
-    if version not in range(1, FORMAT + 1):
-        raise ValueError(
-            f"{path}: expected a temporal-agg config of format 1 to {FORMAT}, got format {version}: it was written by "
-            "another library, or by a newer version of this one (pip install -U temporal-agg)."
-        )
-    missing, unknown = sorted(_KEYS - set(config)), sorted(set(config) - _KEYS)
-    if missing or unknown:
-        raise ValueError(f"{path}: missing keys: {missing or 'none'}; unknown keys: {unknown or 'none'}.")
-    if config["encoder"].get("type") not in ENCODERS:
-        known = ", ".join(ENCODERS)
-        raise ValueError(f"{path}: unknown encoder type {config['encoder'].get('type')!r}; known: {known}.")
-    for older in range(version, FORMAT):
-        for part, kind in (("encoder", "type"), ("aggregator", "name")):
-            config[part] = {**LEFT_OUT[older].get(config[part].get(kind), {}), **config[part]}
-    if lost := _not_in(config):
-        raise ValueError(
-            f"{path} does not say all that the model was built with: {', '.join(lost)} is missing. Add the values that "
-            "the weights were trained with."
-        )
-    return config
+def restore(directory: Path, cls: type[TrackletModel] = TrackletModel, **changes: Any) -> TrackletModel:
+    """The model that a directory holds, in evaluation mode; ``changes`` as for :func:`~.config.build`.
 
-
-def build(cls: type, path: Path, **changes) -> nn.Module:
-    """The model that a ``config.json`` describes, without its weights.
-
-    Args:
-        cls: :class:`TrackletModel`.
-        path: of ``config.json``.
-        **changes: options in the place of those that it says: of the encoder, the aggregator, and ``clip``.
+    Raises:
+        ValueError: config and weights cannot be used, or do not belong together.
     """
-    config = read_config(path)
-    encoder, aggregator, clip = config["encoder"], config["aggregator"], config["clip"]
-    change = changes.pop("clip", {})
-    clip |= dataclasses.asdict(change) if isinstance(change, ClipConfig) else change
-    if "backbone_kwargs" in changes:
-        changes["backbone_kwargs"] = {**encoder["backbone_kwargs"], **changes["backbone_kwargs"]}
-    for key, value in changes.items():
-        (aggregator if key in aggregator else encoder)[key] = value
-    kind = encoder.pop("type")
-    try:
-        encoder = ENCODERS[kind](**{**encoder, "pretrained": False})
-        aggregator = create_aggregator(**aggregator)
-        clip = ClipConfig(**clip)
-    except TypeError as error:
+    config, weights = config_in(directory), directory / WEIGHTS
+    marks = read_config(config).get("weights"), _mark_of(weights)
+    if None not in marks and marks[0] != marks[1]:
         raise ValueError(
-            f"{path} does not fit this version of temporal-agg ({error}); it was written by {config['versions']}."
-        ) from error
-    # What it was trained with, whatever this version of timm would say.
-    data_config = {key: tuple(v) if isinstance(v, list) else v for key, v in config["data_config"].items()}
-    if "img_size" in changes:
-        data_config["input_size"] = encoder.data_config["input_size"]
-    encoder.data_config = data_config
-    return cls(encoder, aggregator, clip)
+            f"{config} and {weights} do not belong together: they are of two saves. Copy both files of one save, or "
+            "save the model again."
+        )
+    numbers = 0
+    with suppress(ValueError), torch.device("meta"):  # which takes no memory, whatever the config asks for
+        numbers = sum(value.numel() for value in build(config, cls, **changes).state_dict().values())
+    if numbers > weights.stat().st_size:
+        raise ValueError(
+            f"{config} describes a model of {numbers:,} numbers, which {weights} with its "
+            f"{weights.stat().st_size:,} bytes cannot hold: they do not belong together."
+        )
+    model = build(config, cls, **changes)
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{error} ({config} says which options these are.)") from error
+    return model.eval()
+
+
+def push(
+    model: nn.Module, repo_id: str, revision: str | None, private: bool, token: str | None, commit_message: str
+) -> str:
+    """What :meth:`TrackletModel.push_to_hub` does."""
+    with tempfile.TemporaryDirectory() as directory:
+        save(model, directory)
+        return upload(directory, repo_id, revision, private, token, commit_message)
+
+
+def config_in(directory: Path) -> Path:
+    """The config of the weights in a directory: of a save that was killed before its last step, the one that waits."""
+    waiting = directory / _WAITING
+    with suppress(OSError, ValueError):
+        if (mark := read_json(waiting).get("weights")) is not None and mark == _mark_of(directory / WEIGHTS):
+            return waiting
+    return directory / CONFIG
+
+
+def _settle(directory: Path) -> None:
+    """Ends a save: the config that waits takes its place if its weights are there, and goes if not."""
+    waiting = directory / _WAITING
+    if config_in(directory) == waiting:
+        os.replace(waiting, directory / CONFIG)
+    else:
+        waiting.unlink(missing_ok=True)
+
+
+def _mark(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _mark_of(path: Path) -> str | None:
+    """The mark that a save gave a weight file; None: none, or no such file."""
+    with suppress(OSError, safetensors.SafetensorError):
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("weights")
+    return None
 
 
 def resolve_directory(source: str | os.PathLike, revision: str | None, cache_dir: str | os.PathLike | None) -> Path:
@@ -275,8 +158,8 @@ def resolve_directory(source: str | os.PathLike, revision: str | None, cache_dir
         return download(repo, at or revision, cache_dir)
     if revision is not None:
         raise ValueError(f"revision goes with hf-hub: names only, got revision={revision!r} for {str(source)!r}.")
-    directory = Path(source)
-    for path in (directory, directory / CONFIG, directory / WEIGHTS):
+    directory = path_of(source)
+    for path in (directory, config_in(directory), directory / WEIGHTS):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} does not exist: expected a directory that save_pretrained wrote, or "
@@ -302,7 +185,8 @@ def _download(repo: str, name: str, revision: str | None, cache_dir: str | os.Pa
     where = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
+        cache = None if cache_dir is None else path_of(cache_dir)
+        return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{where} is gated: ask for access there, then log in (hf auth login, or the variable HF_TOKEN)."
@@ -344,27 +228,12 @@ def upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     info = api.upload_folder(
         repo_id=repo_id,
-        folder_path=directory,
+        folder_path=Path(directory),
         revision=revision,
         commit_message=commit_message,
         allow_patterns=files,
     )
     return info.oid
-
-
-def _not_in(config: dict) -> list[str]:
-    """The constructor arguments of encoder and aggregator that a config does not say."""
-    encoder, aggregator = config["encoder"], config["aggregator"]
-    lost = []
-    for part, said, cls in (
-        ("encoder", encoder, ENCODERS[encoder["type"]]),
-        ("aggregator", aggregator, registry_entry(aggregator.get("name")).build),
-    ):
-        for parameter in inspect.signature(cls).parameters.values():
-            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            if parameter.name not in {*said, *_NOT_IN_CONFIG} and not variadic:
-                lost.append(f"{part}.{parameter.name}")
-    return lost
 
 
 def _sort_metadata(path: Path) -> None:

@@ -5,8 +5,11 @@ that they exist.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from .._files import locked, read_json, replace_file
 
 __all__ = ["Weights", "find", "owner", "read", "write"]
 
@@ -48,23 +51,58 @@ class Weights:
 
 def owner() -> str:
     """Who releases weights that name no other repository."""
-    return json.loads(PATH.read_text(encoding="utf-8"))["owner"]
+    return _content(PATH)["owner"]
 
 
 def read() -> dict[str, Weights]:
-    """All entries by name. The first of a model is its default."""
-    content = json.loads(PATH.read_text(encoding="utf-8"))
+    """All entries by name. The first of a model is its default.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = _content(PATH)
     return {
-        name: Weights(name=name, **{**entry, "repo": entry["repo"].format(owner=content["owner"])})
+        name: Weights(name=name, **{**entry, "repo": entry["repo"].replace("{owner}", content["owner"])})
         for name, entry in content["weights"].items()
     }
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Puts an entry into a manifest, in the place of one of the same name."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["weights"][weights.name] = {key: value for key, value in asdict(weights).items() if key != "name"}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Puts an entry into a manifest, in the place of one of the same name; the file is replaced as a whole.
+
+    Raises:
+        Busy: another process is writing it.
+        OSError: it cannot be written.
+        ValueError: what is there is no manifest.
+    """
+    path = Path(path)
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        content = _content(path)
+        content["weights"][weights.name] = {key: value for key, value in asdict(weights).items() if key != "name"}
+        text = json.dumps(content, indent=2) + "\n"
+        replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+_KINDS = {
+    "released": (bool,),
+    "size": (int, type(None)),
+    "metrics": (dict, type(None)),
+    **dict.fromkeys(("revision", "sha256", "licence"), (str, type(None))),
+}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content.get("owner"), str) or not isinstance(content.get("weights"), dict):
+        raise ValueError(f"{path}: expected a manifest, a JSON object with 'owner' and 'weights'.")
+    names = {field.name for field in fields(Weights)} - {"name"}
+    for name, entry in content["weights"].items():
+        if not isinstance(entry, dict) or entry.keys() != names:
+            raise ValueError(f"{path}: the entry {name!r} must have {', '.join(sorted(names))}, and nothing else.")
+        for key, value in entry.items():
+            if not isinstance(value, _KINDS.get(key, (str,))):
+                raise ValueError(f"{path}: {key} of the entry {name!r} cannot be {value!r}.")
+    return content
 
 
 def find(name: str, tag: str | None = None) -> Weights:

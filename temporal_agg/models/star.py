@@ -1,19 +1,24 @@
 """The frame encoder of STAR: LSTA blocks in a ResNet, and a second stem for optical flow.
 
 Wu, Zhu, Gong: Spatio-Temporal Associative Representation for Video Person Re-Identification, BMVC 2019, Sec. 3.1, 3.2.
+
+As a backbone it is called ``lsta_<resnet>`` and goes before any aggregator: ``mean_lsta_resnet50``. The paper's system,
+``gsta_lsta_<resnet>``, has the name ``star_<resnet>`` too.
 """
 
+from typing import Any, cast
+
 import torch
-from timm.models import checkpoint_seq
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .encoder import FrameEncoder, check_images
+from .encoder import FrameEncoder, is_resnet, register_encoder
+from .inputs import check_images
 
 __all__ = ["LSTA", "StarEncoder"]
 
-VARIANTS = ("lsta", "7x7", "undilated", "no_spatial", "cbam", "se")
+VARIANTS = ("lsta", "7x7", "undilated", "no_spatial", "cbam", "se", "none")
 
 
 class LSTA(nn.Module):
@@ -36,12 +41,17 @@ class LSTA(nn.Module):
         reduction: r; the channel attention is C / r wide, at least 1.
         width: the channels of each dilated convolution (the paper does not say; ours).
         variant: one of the above.
+
+    Raises:
+        ValueError: another variant, or a width or reduction below 1.
     """
 
     def __init__(self, channels: int, reduction: int = 16, width: int = 8, variant: str = "lsta"):
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}.")
+        if variant not in VARIANTS[:-1]:
+            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS[:-1]))}, got {variant!r}.")
+        if reduction < 1 or width < 1:
+            raise ValueError(f"reduction and width must be at least 1, got {reduction} and {width}.")
         self.variant = variant
         bias = variant != "cbam"
         hidden = max(1, channels // reduction)
@@ -52,7 +62,7 @@ class LSTA(nn.Module):
             self.context = nn.ModuleList(nn.Conv2d(2, width, 3, padding=d, dilation=d) for d in dilations)  # W5, b5
             self.fuse = nn.Conv2d(3 * width, 1, 1)  # W6, b6
         elif variant == "7x7":
-            self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+            self.spatial: nn.Module = nn.Conv2d(2, 1, 7, padding=3)
         elif variant == "cbam":
             self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1))
 
@@ -74,6 +84,7 @@ class LSTA(nn.Module):
         return f"variant={self.variant!r}"
 
 
+@register_encoder(tested=("resnet18", "resnet34", "resnet50", "resnet101"), aliases={"star": "gsta"})
 class StarEncoder(FrameEncoder):
     """A timm ResNet with one LSTA block after each of its four stages, and a stem for optical flow.
 
@@ -81,9 +92,10 @@ class StarEncoder(FrameEncoder):
     be trained before its BatchNorm statistics fit.
 
     Args:
-        backbone: the name of a timm model of the ResNet class, or an instance, which is then changed in place.
+        backbone: the name of a timm model of the ResNet class, with or without ``lsta_`` before it; or an instance,
+            which is then changed in place.
         flow: build the flow stem: a 7x7 convolution of its own, BatchNorm, ReLU and 3x3 max pooling.
-        variant: of the LSTA blocks.
+        variant: of the LSTA blocks; ``none`` builds none: the plain ResNet, with two stems where ``flow``.
         reduction: of the LSTA blocks.
         width: of the LSTA blocks.
         pretrained: as in :class:`FrameEncoder`, like all that follow.
@@ -96,8 +108,11 @@ class StarEncoder(FrameEncoder):
         uses_flow: whether there is a flow stem.
 
     Raises:
-        ValueError: a backbone without a ResNet's stem and four stages, and what :class:`FrameEncoder` refuses.
+        ValueError: a backbone without a ResNet's stem and four stages, another variant, and what :class:`FrameEncoder`
+            refuses.
     """
+
+    prefix = "lsta_"
 
     def __init__(
         self,
@@ -111,8 +126,10 @@ class StarEncoder(FrameEncoder):
         last_stride: int | None = None,
         img_size: tuple[int, int] | None = None,
         grad_checkpointing: bool = False,
-        backbone_kwargs: dict | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
     ):
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}.")
         super().__init__(
             backbone,
             pretrained=pretrained,
@@ -121,25 +138,29 @@ class StarEncoder(FrameEncoder):
             grad_checkpointing=grad_checkpointing,
             backbone_kwargs=backbone_kwargs,
         )
-        if not isinstance(self.backbone, ResNet):
+        if not is_resnet(self.backbone):
             raise ValueError(
                 f"STAR is built on timm's ResNet class, got {type(self.backbone).__name__}: use resnet18, resnet34, "
                 "resnet50, resnet101 or another of that class; any other backbone works as gsta_<timm model>."
             )
+        info = cast(Any, self.backbone).feature_info
         if self.config is not None:
             self.config |= {"flow": flow, "variant": variant, "reduction": reduction, "width": width}
         self.uses_flow = flow
         if flow:
-            channels = self.backbone.feature_info[0]["num_chs"]
+            channels = info[0]["num_chs"]
+            conv = nn.Conv2d(2, channels, 7, stride=2, padding=3, bias=False)
             self.flow_stem = nn.Sequential(
-                nn.Conv2d(2, channels, 7, stride=2, padding=3, bias=False),
+                conv,
                 nn.BatchNorm2d(channels),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(3, stride=2, padding=1),
             )
-            nn.init.kaiming_normal_(self.flow_stem[0].weight, mode="fan_out", nonlinearity="relu")
-        stages = [info["num_chs"] for info in self.backbone.feature_info[-4:]]
-        self.lsta = nn.ModuleList(LSTA(channels, reduction, width, variant) for channels in stages)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.lsta = nn.ModuleList(
+            nn.Identity() if variant == "none" else LSTA(stage["num_chs"], reduction, width, variant)
+            for stage in info[-4:]
+        )
 
     def forward(self, frames: Tensor, flow: Tensor | None = None) -> Tensor:
         """Encodes frames.
@@ -157,7 +178,7 @@ class StarEncoder(FrameEncoder):
             ValueError: a wrong shape, or a flow where there is no stem for it.
         """
         check_images("frames", frames, 3)
-        net = self.backbone
+        net = cast(Any, self.backbone)
         x = net.maxpool(net.act1(net.bn1(net.conv1(frames))))
         if flow is not None:
             if not self.uses_flow:
@@ -167,5 +188,10 @@ class StarEncoder(FrameEncoder):
                 raise ValueError(f"flow must fit the frames {list(frames.shape)}, got {list(flow.shape)}.")
             x = x + self.flow_stem(flow)  # Eq. 2
         for stage, lsta in zip((net.layer1, net.layer2, net.layer3, net.layer4), self.lsta, strict=True):
-            x = lsta(checkpoint_seq(stage, x) if net.grad_checkpointing else stage(x))
+            if net.grad_checkpointing and torch.is_grad_enabled():
+                for block in stage:
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = stage(x)
+            x = lsta(x)
         return x

@@ -1,13 +1,21 @@
 """CMC, mean average precision and mINP of a ranked list, by the protocol of the video benchmarks."""
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RetrievalMetrics", "evaluate"]
+from ._arrays import Ids, ids
+
+__all__ = ["RetrievalMetrics", "evaluate", "evaluate_tracklets"]
+
+_CELLS = 2**20  # of the distances, that a thread works on at once
+_THREADS = 8  # at most: what runs between the array operations runs one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +36,14 @@ class RetrievalMetrics:
     ap_per_query: np.ndarray
     queries_without_match: int
 
+    def __repr__(self) -> str:
+        ranks = [k for k in (1, 5, 10, 20) if k <= len(self.cmc)]
+        shown = [f"mAP {self.map:.1%}", *(f"rank-{k} {self.rank(k):.1%}" for k in ranks), f"mINP {self.minp:.1%}"]
+        return (
+            f"RetrievalMetrics({', '.join(shown)}; {len(self.ap_per_query)} queries, "
+            f"{self.queries_without_match} without a match)"
+        )
+
     def rank(self, k: int) -> float:
         """The share of queries with a match among the first ``k``.
 
@@ -41,20 +57,22 @@ class RetrievalMetrics:
 
 def evaluate(
     distances: np.ndarray | Tensor,
-    query_pids: Sequence[int] | np.ndarray | Tensor,
-    query_cams: Sequence[int] | np.ndarray | Tensor,
-    gallery_pids: Sequence[int] | np.ndarray | Tensor,
-    gallery_cams: Sequence[int] | np.ndarray | Tensor,
+    query_pids: Ids,
+    query_cams: Ids,
+    gallery_pids: Ids,
+    gallery_cams: Ids,
     *,
-    query_index: Sequence[int] | np.ndarray | Tensor | None = None,
+    query_index: Ids | None = None,
+    ambiguous_pids: Ids | None = None,
     ranks: Sequence[int] = (1, 5, 10, 20),
     ap: str = "step",
 ) -> RetrievalMetrics:
     """Ranks the gallery for every query.
 
     A gallery tracklet *matches* a query of the same person, unless it is ignored: same camera (a camera of -1 is
-    unknown and equals none), or the query itself. Tracklets of other persons are *wrong*, distractors among them (pid 0
-    in MARS, which no query has). Junk (pid -1) is ignored by all. Ignored tracklets take no rank.
+    unknown and equals none), the query itself, or somebody who may be two persons. Tracklets of other persons are
+    *wrong*, distractors among them (pid 0 in MARS, which no query has). Junk (pid -1) is ignored by all. Ignored
+    tracklets take no rank.
 
     Ties are broken against the model: a match ranks after all wrong tracklets at its distance.
 
@@ -66,7 +84,9 @@ def evaluate(
         gallery_pids: ``[G]``, persons from 0, -1 = junk.
         gallery_cams: ``[G]``.
         query_index: ``[Q]``, each query's own column in the gallery, or -1. With known cameras it changes nothing;
-            without them a query that is part of the gallery would match itself.
+            without them a query that is part of the gallery would match itself. ``evaluate_tracklets`` finds it.
+        ambiguous_pids: ``[G]``, who else a gallery tracklet may be, or -1: for the queries of that person it is
+            neither a match nor wrong (the corrected labels of MARS).
         ranks: how far the curve goes: to the largest of them.
         ap: the average precision. ``step``: the mean over the matches of (matches so far) / (rank). ``trapezoidal``:
             the mean over the matches of the average of that and of the precision one rank earlier (1 before the
@@ -77,52 +97,32 @@ def evaluate(
         ValueError: shapes that do not fit each other, an empty side, NaN among the distances, a query pid below 0, a
             gallery pid below -1, a ``query_index`` outside the gallery or at another person.
     """
-    if not isinstance(distances, np.ndarray | Tensor):
-        raise TypeError(f"distances must be a numpy array or a torch tensor, got {type(distances).__name__}.")
-    if distances.ndim != 2 or 0 in distances.shape:
-        raise ValueError(
-            f"distances must have the shape [Q, G] with at least one of each, got {list(distances.shape)}."
-        )
-    if not (distances.is_floating_point() if isinstance(distances, Tensor) else distances.dtype.kind == "f"):
-        raise TypeError(f"distances must be floating point, got {distances.dtype}.")
     if ap not in ("step", "trapezoidal"):
         raise ValueError(f"ap must be 'step' or 'trapezoidal', got {ap!r}.")
     if not len(ranks) or min(ranks) < 1:
         raise ValueError(f"ranks must be positive integers, got {ranks}.")
-    Q, G = distances.shape
-    query_pids, query_cams = _ids("query_pids", query_pids, Q), _ids("query_cams", query_cams, Q)
-    gallery_pids, gallery_cams = _ids("gallery_pids", gallery_pids, G), _ids("gallery_cams", gallery_cams, G)
-    own = np.full(Q, -1) if query_index is None else _ids("query_index", query_index, Q)
-    _check_ids(query_pids, gallery_pids, own)
+    protocol = Protocol(distances, query_pids, query_cams, gallery_pids, gallery_cams, query_index, ambiguous_pids)
 
-    by_person = np.argsort(gallery_pids, kind="stable")
-    sorted_pids = gallery_pids[by_person]
-    first, last = np.searchsorted(sorted_pids, query_pids), np.searchsorted(sorted_pids, query_pids, "right")
-    junk = np.flatnonzero(gallery_pids == -1)
-
-    average_precision = np.full(Q, np.nan)
-    inverse_penalty = np.full(Q, np.nan)
-    first_match = np.zeros(Q, dtype=np.int64)  # its rank; 0 = the query has no match
-    for q, row in enumerate(_rows(distances)):
-        person = by_person[first[q] : last[q]]
-        ignored = person == own[q]
-        if query_cams[q] != -1:
-            ignored |= gallery_cams[person] == query_cams[q]
-        hits = np.sort(row[person[~ignored]])
+    def score(q: int, row: np.ndarray) -> tuple[float, float, int]:
+        """Average precision, inverse negative penalty and the rank of the first match; 0 = there is none."""
+        seen = protocol.of(q)
+        hits = np.sort(row[seen.matches])
         n = len(hits)
         if not n:
-            continue
-        wrong = _at_or_below(row, hits) - _at_or_below(row[person], hits) - _at_or_below(row[junk], hits)
+            return np.nan, np.nan, 0
+        wrong = _at_or_below(row, hits)
+        for part in seen.not_wrong:
+            wrong -= _at_or_below(row[part], hits)
         count = np.arange(1, n + 1)
         rank = wrong + count
         precision = count / rank
         if ap == "trapezoidal":
             before = np.where(rank > 1, (count - 1) / np.maximum(rank - 1, 1), 1)
             precision = (before + precision) / 2
-        average_precision[q] = precision.sum() / n
-        inverse_penalty[q] = n / rank[-1]
-        first_match[q] = rank[0]
+        return precision.sum() / n, n / rank[-1], rank[0]
 
+    scores = np.array(protocol.each(score))
+    average_precision, inverse_penalty, first_match = scores[:, 0].copy(), scores[:, 1], scores[:, 2].astype(np.int64)
     found = first_match > 0
     matched = int(found.sum())
     curve = np.full(max(ranks), np.nan)
@@ -133,8 +133,124 @@ def evaluate(
         cmc=curve,
         minp=float(inverse_penalty[found].mean()) if matched else float("nan"),
         ap_per_query=average_precision,
-        queries_without_match=Q - matched,
+        queries_without_match=len(scores) - matched,
     )
+
+
+def evaluate_tracklets(
+    distances: np.ndarray | Tensor,
+    query: Sequence[Any],
+    gallery: Sequence[Any],
+    *,
+    ranks: Sequence[int] = (1, 5, 10, 20),
+    ap: str = "step",
+) -> RetrievalMetrics:
+    """:func:`evaluate` for tracklets, which know who they are: nobody forgets that a query may be in the gallery.
+
+    Args:
+        distances: ``[Q, G]``, as in ``evaluate``.
+        query: ``[Q]`` tracklets, or anything with ``pid`` and ``camera``.
+        gallery: ``[G]`` tracklets, likewise; where they have an ``ambiguous_pid``, it is respected. A query is found
+            in it as ``TrackletData.query_index`` finds it.
+        ranks: as in ``evaluate``.
+        ap: as in ``evaluate``.
+
+    Raises:
+        TypeError: tracklets without ``pid`` or ``camera``; as in ``evaluate``.
+        ValueError: as in ``evaluate``.
+    """
+    return evaluate(distances, **tracklet_ids(query, gallery), ranks=ranks, ap=ap)
+
+
+def tracklet_ids(query: Sequence[Any], gallery: Sequence[Any]) -> dict[str, Any]:
+    """What ``evaluate`` and ``open_set`` ask of tracklets, by the names of their arguments."""
+    from ..data.tracklet import query_index  # at need: the rest knows nothing of tracklets
+
+    for name, tracklets in (("query", query), ("gallery", gallery)):
+        for i, t in enumerate(tracklets):
+            if not (hasattr(t, "pid") and hasattr(t, "camera")):
+                raise TypeError(f"{name}[{i}] must be a tracklet with pid and camera, got {type(t).__name__}.")
+    other = [getattr(t, "ambiguous_pid", None) for t in gallery]
+    return {
+        "query_pids": [t.pid for t in query],
+        "query_cams": [t.camera for t in query],
+        "gallery_pids": [t.pid for t in gallery],
+        "gallery_cams": [t.camera for t in gallery],
+        "query_index": query_index(query, gallery),
+        "ambiguous_pids": [-1 if pid is None else pid for pid in other] if any(p is not None for p in other) else None,
+    }
+
+
+class Seen(NamedTuple):
+    """Of a query: the columns of its matches, and, apart from each other, all that are not wrong, the matches too."""
+
+    matches: np.ndarray
+    not_wrong: tuple[np.ndarray, ...]
+
+
+class Protocol:
+    """Distances and ids, checked, and what each query sees of the gallery. See ``evaluate``."""
+
+    def __init__(
+        self,
+        distances: np.ndarray | Tensor,
+        query_pids: Ids,
+        query_cams: Ids,
+        gallery_pids: Ids,
+        gallery_cams: Ids,
+        query_index: Ids | None,
+        ambiguous_pids: Ids | None,
+    ):
+        if not isinstance(distances, np.ndarray | Tensor):
+            raise TypeError(f"distances must be a numpy array or a torch tensor, got {type(distances).__name__}.")
+        if distances.ndim != 2 or 0 in distances.shape:
+            raise ValueError(
+                f"distances must have the shape [Q, G] with at least one of each, got {list(distances.shape)}."
+            )
+        if not (distances.is_floating_point() if isinstance(distances, Tensor) else distances.dtype.kind == "f"):
+            raise TypeError(f"distances must be floating point, got {distances.dtype}.")
+        self.distances = distances
+        Q, G = distances.shape
+        fits = "distances [Q, G]"
+        self.pids, self.cams = ids("query_pids", query_pids, Q, fits), ids("query_cams", query_cams, Q, fits)
+        gallery_pids = ids("gallery_pids", gallery_pids, G, fits)
+        self.gallery_cams = ids("gallery_cams", gallery_cams, G, fits)
+        self.own = np.full(Q, -1) if query_index is None else ids("query_index", query_index, Q, fits)
+        _check_ids(self.pids, gallery_pids, self.own)
+        self.gallery_pids = gallery_pids
+        self.persons = _Places(gallery_pids, self.pids)
+        self.junk = np.flatnonzero(gallery_pids == -1)
+        self.ambiguous = None if ambiguous_pids is None else ids("ambiguous_pids", ambiguous_pids, G, fits)
+        self.maybe = None if self.ambiguous is None else _Places(self.ambiguous, self.pids)
+
+    def of(self, q: int) -> Seen:
+        """What a query sees."""
+        person = self.persons.of(q)
+        ignored = person == self.own[q]
+        if self.cams[q] != -1:
+            ignored |= self.gallery_cams[person] == self.cams[q]
+        if self.ambiguous is None or self.maybe is None:
+            return Seen(person[~ignored], (person, self.junk))
+        ignored |= self.ambiguous[person] == self.pids[q]
+        maybe = self.maybe.of(q)
+        pids = self.gallery_pids[maybe]
+        return Seen(person[~ignored], (person, self.junk, maybe[(pids != self.pids[q]) & (pids != -1)]))
+
+    def each(self, work: Any) -> list[Any]:
+        """``work(query, its distances)`` for each query, on as many cores as torch may use, in order."""
+
+        def several(start: int) -> list[Any]:
+            rows = _rows(self.distances, start, size)
+            return [work(q, row) for q, row in enumerate(rows, start)]
+
+        Q, G = self.distances.shape
+        threads = min(torch.get_num_threads(), _cores(), _THREADS)
+        size = max(1, min(_CELLS // G, -(-Q // threads)))
+        starts = range(0, Q, size)
+        if threads == 1 or len(starts) == 1:
+            return [found for start in starts for found in several(start)]
+        with ThreadPoolExecutor(threads) as pool:
+            return [found for part in pool.map(several, starts) for found in part]
 
 
 def ranked_gallery(
@@ -158,31 +274,39 @@ def _at_or_below(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return np.count_nonzero(values <= thresholds[:, None], axis=1)
 
 
-def _rows(distances: np.ndarray | Tensor) -> Iterator[np.ndarray]:
-    """The rows in order, fetched from the device and checked in blocks of some 16 MB."""
-    size = max(1, 2**22 // distances.shape[1])
-    for start in range(0, len(distances), size):
-        block = distances[start : start + size]
-        if isinstance(block, Tensor):
-            block = block.detach().cpu()
-            block = (block.float() if block.dtype == torch.bfloat16 else block).numpy()
-        block = np.ascontiguousarray(block, dtype=np.float32 if block.dtype == np.float16 else None)
-        if np.isnan(block.max()):
-            row, column = np.argwhere(np.isnan(block))[0]
-            raise ValueError(
-                f"distances[{start + row}, {column}] is NaN: a list with it has no order. Look for NaN in the "
-                "embeddings of that query and that gallery tracklet."
-            )
-        yield from block
+class _Places:
+    """For each of the persons looked for, the places in a list that have this person."""
+
+    def __init__(self, listed: np.ndarray, persons: np.ndarray):
+        self.order = np.argsort(listed, kind="stable")
+        ordered = listed[self.order]
+        self.first, self.last = (np.searchsorted(ordered, persons, side) for side in ("left", "right"))
+
+    def of(self, q: int) -> np.ndarray:
+        return self.order[self.first[q] : self.last[q]]
 
 
-def _ids(name: str, ids: Sequence[int] | np.ndarray | Tensor, length: int) -> np.ndarray:
-    ids = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if ids.shape != (length,):
-        raise ValueError(f"{name} must have the shape [{length}] to fit distances [Q, G], got {list(ids.shape)}.")
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {ids.dtype}.")
-    return ids.astype(np.int64)
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+
+
+def _rows(distances: np.ndarray | Tensor, start: int, size: int) -> Iterator[np.ndarray]:
+    """Some rows in order, fetched from the device and checked at once."""
+    part = distances[start : start + size]
+    if isinstance(part, Tensor):
+        part = part.detach().cpu()
+        part = (part.float() if part.dtype == torch.bfloat16 else part).numpy()
+    block = np.ascontiguousarray(part, dtype=np.float32 if part.dtype == np.float16 else None)
+    if np.isnan(block.max()):
+        row, column = np.argwhere(np.isnan(block))[0]
+        raise ValueError(
+            f"distances[{start + row}, {column}] is NaN: a list with it has no order. Look for NaN in the embeddings "
+            "of that query and that gallery tracklet."
+        )
+    yield from block
 
 
 def _check_ids(query_pids: np.ndarray, gallery_pids: np.ndarray, own: np.ndarray) -> None:

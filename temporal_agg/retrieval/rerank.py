@@ -16,30 +16,63 @@ import math
 import warnings
 from functools import partial
 from itertools import pairwise
+from typing import overload
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ._arrays import Array, as_tensors, like, peaks, whole
+from .search import SearchResult, keys_of, search, unpack
 
 __all__ = ["rerank", "rerank_distances"]
 
 _CELLS = 2**21  # of the tables that the encodings are worked out on, some rows at once
 _PAIRS = 512  # of embeddings that are compared at once
+_FARTHEST = (0x7F800000 << 32) | (2**31 - 1)  # the key of no item, at infinity
+_SAFE = 2.0**50  # between its inverse and this, float32 numbers can be squared and summed up
 
 
+@overload
 def rerank(
-    queries: np.ndarray | Tensor,
-    gallery: np.ndarray | Tensor,
+    queries: Array,
+    gallery: Array,
+    k1: int = ...,
+    k2: int = ...,
+    lambda_value: float = ...,
+    *,
+    candidates: None = ...,
+    chunk_size: int = ...,
+) -> Array: ...
+
+
+@overload
+def rerank(
+    queries: Array,
+    gallery: Array,
+    k1: int = ...,
+    k2: int = ...,
+    lambda_value: float = ...,
+    *,
+    candidates: int,
+    chunk_size: int = ...,
+) -> SearchResult[Array]: ...
+
+
+@torch.no_grad()
+def rerank(
+    queries: Array,
+    gallery: Array,
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
+    candidates: int | None = None,
     chunk_size: int = 1024,
-) -> np.ndarray | Tensor:
+) -> Array | SearchResult[Array]:
     """Distances that also compare whom two embeddings have for neighbours; smaller is nearer.
 
     The neighbours of queries and gallery are looked up among both together: the result depends on all queries. For
-    embeddings that are compared by cosine, pass them L2-normalised.
+    embeddings that are compared by cosine, pass them L2-normalised. Their scale does not matter.
 
     Args:
         queries: ``[Q, D]``, of any real type; numpy, or torch on any device.
@@ -47,42 +80,58 @@ def rerank(
         k1: length of the lists of neighbours. At equal distance queries come before the gallery, lower indices first.
         k2: an encoding is averaged over its k2 nearest, itself included; 1: it is not.
         lambda_value: weight of the original distance, from 0 (the Jaccard distance alone) to 1.
+        candidates: n: only the n nearest of the gallery, by Euclidean distance, are put into a new order for each
+            query, and no ``[Q, G]`` is made. Their distances are those of the full re-ranking: neighbours are still
+            looked up among all. What lies beyond keeps its order, after them: that of
+            ``search(queries, gallery, k, "euclidean")`` from its place n on. None: all.
         chunk_size: distances are computed in blocks of so many rows and columns.
 
     Returns:
-        float32 ``[Q, G]``, from 0 to 1, of the kind and on the device of the input. No gradient is kept.
+        float32 ``[Q, G]``, from 0 to 1, of the kind and on the device of the input. No gradient is kept. With
+        ``candidates``: ``(distances, indices)`` of the candidates, ``[Q, min(n, G)]``, nearest first.
 
     Raises:
-        TypeError: numpy mixed with torch, or neither.
-        ValueError: a wrong shape or setting, different devices, NaN or infinity among the embeddings.
+        TypeError: numpy mixed with torch, or neither; a setting of another type.
+        ValueError: a wrong shape or setting, different devices, NaN or infinity among the embeddings, or magnitudes
+            more than 1e15 apart.
     """
-    (queries, gallery), is_numpy = _tensors(queries=queries, gallery=gallery)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"expected queries [Q, D] and gallery [G, D], got {list(queries.shape)} and {list(gallery.shape)}."
-        )
-    source = _Features(queries, gallery)
-    for name, squares in zip(("queries", "gallery"), source.squares, strict=True):
-        wrong = (~squares.isfinite()).nonzero()
-        if len(wrong):
+    settings = _settings(k1, k2, lambda_value, chunk_size)
+    candidates = None if candidates is None else whole("candidates", candidates)
+    sides = as_tensors(queries=queries, gallery=gallery)
+    shapes = [list(x.shape) for x in sides]
+    for name, shape in zip(("queries", "gallery"), shapes, strict=True):
+        if len(shape) != 2:
+            raise ValueError(f"{name} must have two dimensions, got {shape}.")
+    if shapes[0][1] != shapes[1][1] or not shapes[0][1]:
+        raise ValueError(f"expected queries [Q, D] and gallery [G, D], got {shapes[0]} and {shapes[1]}.")
+    largest = [peaks(name, x) for name, x in zip(("queries", "gallery"), sides, strict=True)]
+    size = _common_size(torch.cat(largest))
+    for name, x in zip(("queries", "gallery"), largest, strict=True):
+        lost = ((x > 0) & (x < size / _SAFE)).nonzero()[:, 0]
+        if len(lost):
             raise ValueError(
-                f"{name}[{int(wrong[0])}] holds NaN, infinity, or numbers too large for float32 distances: it has no "
-                "neighbours."
+                f"{name}[{int(lost[0])}] has no number above {float(x[lost[0]]):.3g}, where others reach {size:.3g}: "
+                "too far apart for float32 distances. L2-normalise the embeddings, or look for what went wrong with some."
             )
-    out = _rerank(source, k1, k2, lambda_value, chunk_size)
-    return out.numpy() if is_numpy else out
+    x, y = ((x / size).float() for x in sides)
+    source = _Features(x, y)
+    if candidates is None:
+        return like(_rerank(source, *settings), queries)
+    places = search(x, y, candidates, "euclidean").indices
+    return _ordered(_rerank(source, *settings, places), places, queries)
 
 
+@torch.no_grad()
 def rerank_distances(
-    query_gallery: np.ndarray | Tensor,
-    query_query: np.ndarray | Tensor,
-    gallery_gallery: np.ndarray | Tensor,
+    query_gallery: Array,
+    query_query: Array,
+    gallery_gallery: Array,
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
     chunk_size: int = 1024,
-) -> np.ndarray | Tensor:
+) -> Array:
     """``rerank`` for distances that are there already.
 
     Args:
@@ -98,12 +147,16 @@ def rerank_distances(
         float32 ``[Q, G]``, as ``rerank`` returns it.
 
     Raises:
-        TypeError: numpy mixed with torch, or neither.
+        TypeError: numpy mixed with torch, or neither; a setting of another type.
         ValueError: shapes that do not fit each other, a wrong setting, different devices, a distance that is negative,
             NaN or infinite.
     """
+    settings = _settings(k1, k2, lambda_value, chunk_size)
     given = {"query_gallery": query_gallery, "query_query": query_query, "gallery_gallery": gallery_gallery}
-    matrices, is_numpy = _tensors(**given)
+    matrices = as_tensors(**given)
+    for name, x in zip(given, matrices, strict=True):
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got {list(x.shape)}.")
     (Q, G), *square = (tuple(x.shape) for x in matrices)
     if square != [(Q, Q), (G, G)]:
         raise ValueError(
@@ -116,25 +169,29 @@ def rerank_distances(
                 f"{name} must hold distances from 0, finite, got values from {x.min():g} to {x.max():g}. Similarities "
                 "and negative dot products have no place here."
             )
-    out = _rerank(_Distances(*matrices), k1, k2, lambda_value, chunk_size)
-    return out.numpy() if is_numpy else out
+    size = _common_size(torch.stack([x.max() if x.numel() else x.new_zeros(()) for x in matrices]))
+    if size != 1:
+        matrices = [x / size for x in matrices]
+    return like(_rerank(_Distances(*(x.float() for x in matrices)), *settings), query_gallery)
 
 
-def _tensors(**arrays: np.ndarray | Tensor) -> tuple[list[Tensor], bool]:
-    """The arrays as float32 tensors, and whether they were numpy's."""
-    names, given = " and ".join(arrays), list(arrays.values())
-    is_numpy = isinstance(given[0], np.ndarray)
-    if not all(isinstance(x, np.ndarray if is_numpy else Tensor) for x in given):
-        types = " and ".join(type(x).__name__ for x in given)
-        raise TypeError(f"{names} must be all numpy arrays or all torch tensors, got {types}.")
-    if is_numpy:
-        given = [torch.from_numpy(np.require(x, np.float32, "CW")) for x in given]
-    for name, x in zip(arrays, given, strict=True):
-        if x.dim() != 2:
-            raise ValueError(f"{name} must have two dimensions, got {list(x.shape)}.")
-        if x.device != given[0].device:
-            raise ValueError(f"{names} must be on one device, got {given[0].device} and {x.device}.")
-    return [x.detach().float() for x in given], is_numpy
+def _settings(k1: int, k2: int, lambda_value: float, chunk_size: int) -> tuple[int, int, float, int]:
+    k1, k2, chunk_size = whole("k1", k1), whole("k2", k2), whole("chunk_size", chunk_size)
+    if not 0 <= lambda_value <= 1:
+        raise ValueError(f"lambda_value must be from 0 to 1, got {lambda_value}.")
+    return k1, k2, lambda_value, chunk_size
+
+
+def _common_size(largest: Tensor) -> float:
+    """What numbers are divided by so that float32 can square them: 1, or a power of two near the largest."""
+    most = float(largest.max()) if len(largest) else 0.0
+    return 1.0 if not most or 1 / _SAFE <= most <= _SAFE else 2.0 ** math.frexp(most)[1]
+
+
+def _ordered(found: Tensor, places: Tensor, given: Array) -> SearchResult[Array]:
+    """Nearest first, by place where they are equal."""
+    distances, indices = unpack(keys_of(found, places).sort(1).values)
+    return SearchResult(like(distances, given), like(indices, given))
 
 
 class _Source:
@@ -148,19 +205,25 @@ class _Source:
         Q = self.sizes[0]
         sides = int(a.start >= Q), int(b.start >= Q)
         shape = a.stop - a.start, b.stop - b.start
-        places = (slice(s.start - Q * side, s.stop - Q * side) for s, side in zip((a, b), sides, strict=True))
-        return self._block(sides, *places, out=room[: shape[0] * shape[1]].view(shape))
+        a, b = (slice(s.start - Q * side, s.stop - Q * side) for s, side in zip((a, b), sides, strict=True))
+        return self._block(sides, a, b, room[: shape[0] * shape[1]].view(shape))
 
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Each of ``i`` with the item at its place in ``j``."""
         Q = self.sizes[0]
         i, j = torch.minimum(i, j), torch.maximum(i, j)
-        out = torch.empty(len(i), device=self.device)
+        out = torch.empty(len(i), dtype=torch.float32, device=self.device)
         for sides in ((0, 0), (0, 1), (1, 1)):
             at = (((i >= Q) == sides[0]) & ((j >= Q) == sides[1])).nonzero()[:, 0]
             for part in at.split(_PAIRS):
                 out[part] = self._pairs(sides, i[part] - Q * sides[0], j[part] - Q * sides[1])
         return out
+
+    def _block(self, sides: tuple[int, int], a: slice, b: slice, out: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pairs(self, sides: tuple[int, int], i: Tensor, j: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class _Features(_Source):
@@ -168,7 +231,7 @@ class _Features(_Source):
         self.features = queries, gallery
         self.sizes = len(queries), len(gallery)
         self.device = queries.device
-        self.squares = tuple(torch.cat([part.square().sum(1) for part in x.split(_PAIRS)]) for x in self.features)
+        self.squares = [torch.cat([part.square().sum(1) for part in x.split(_PAIRS)]) for x in self.features]
 
     def _block(self, sides: tuple[int, int], a: slice, b: slice, out: Tensor) -> Tensor:
         (x, y), (xx, yy) = ([of[side] for side in sides] for of in (self.features, self.squares))
@@ -189,7 +252,7 @@ class _Features(_Source):
 class _Distances(_Source):
     def __init__(self, query_gallery: Tensor, query_query: Tensor, gallery_gallery: Tensor):
         self.matrices = {(0, 0): query_query, (0, 1): query_gallery, (1, 1): gallery_gallery}
-        self.sizes = tuple(query_gallery.shape)
+        self.sizes = len(query_gallery), query_gallery.shape[1]
         self.device = query_gallery.device
 
     def _block(self, sides: tuple[int, int], a: slice, b: slice, out: Tensor) -> Tensor:
@@ -199,23 +262,23 @@ class _Distances(_Source):
         return self.matrices[sides][i, j].square()
 
 
-@torch.no_grad()
-def _rerank(source: _Source, k1: int, k2: int, lambda_value: float, chunk_size: int) -> Tensor:
-    for name, value in (("k1", k1), ("k2", k2), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if not 0 <= lambda_value <= 1:
-        raise ValueError(f"lambda_value must be from 0 to 1, got {lambda_value}.")
+def _rerank(
+    source: _Source, k1: int, k2: int, lambda_value: float, chunk_size: int, places: Tensor | None = None
+) -> Tensor:
+    """The final distances ``[Q, G]``, or those at some places of the gallery, ``[Q, n]``."""
     Q, G = source.sizes
+    out = torch.empty(Q, G if places is None else places.shape[1], dtype=torch.float32, device=source.device)
     if not Q * G:
-        return torch.empty(Q, G, device=source.device)
-
+        return out
     with torch.autocast(source.device.type, enabled=False):
-        out, nearest, values, scale = _neighbours(source, max(k1 + 1, k2), chunk_size)
+        nearest, values, scale = _neighbours(source, max(k1 + 1, k2), chunk_size, out if places is None else None)
+        if places is not None:
+            item = torch.arange(Q, device=source.device).repeat_interleave(places.shape[1])
+            out.copy_(source.pairs(item, places.flatten() + Q).view(places.shape))
         codes = _encode(source, nearest, values, scale, k1)
         if k2 > 1:
             codes = _expand(codes, nearest[:, :k2])
-        return _blend(out, codes, scale, lambda_value)
+        return _blend(out, codes, source.sizes, scale, lambda_value, places)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,18 +286,19 @@ def _rerank(source: _Source, k1: int, k2: int, lambda_value: float, chunk_size: 
 # order by distance, then by number, and no two are equal.
 
 
-def _neighbours(source: _Source, k: int, chunk_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The squared distances of the queries to the gallery ``[Q, G]``; for each item its k nearest, in order, and their
-    squared distances ``[N, k]``, and the largest of all its squared distances ``[N]``."""
+def _neighbours(source: _Source, k: int, chunk_size: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """For each item its k nearest, in order, and their squared distances ``[N, k]``, and the largest of all its squared
+    distances ``[N]``. Those of the queries to the gallery are written into ``out`` ``[Q, G]``."""
     (Q, G), device = source.sizes, source.device
     N = Q + G
-    out = torch.empty(Q, G, device=device)
-    scale = torch.zeros(N, device=device)
-    best = _keys(torch.full((N, min(k, N)), math.inf, device=device), torch.tensor(2**31 - 1, device=device))
+    scale = torch.zeros(N, dtype=torch.float32, device=device)
+    best = torch.full((N, min(k, N)), _FARTHEST, device=device)
 
     starts = [*range(0, Q, chunk_size), *range(Q, N, chunk_size)]
     parts = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], N], strict=True)]
-    room = torch.empty(min(chunk_size, N) ** 2, device=device)  # memory that is new for each block costs time
+    room = torch.empty(
+        min(chunk_size, N) ** 2, dtype=torch.float32, device=device
+    )  # memory that is new for each block costs time
     numbers = torch.arange(N, device=device)
     for a in parts:  # the blocks on the diagonal first: they give every item a bound for the others
         block = source.block(a, a, room)
@@ -243,7 +307,7 @@ def _neighbours(source: _Source, k: int, chunk_size: int) -> tuple[Tensor, Tenso
     for n, a in enumerate(parts):
         for b in parts[n + 1 :]:
             block = source.block(a, b, room)
-            if a.stop <= Q <= b.start:
+            if out is not None and a.stop <= Q <= b.start:
                 out[a, b.start - Q : b.stop - Q] = block
             scale[a] = torch.maximum(scale[a], block.amax(1))
             scale[b] = torch.maximum(scale[b], block.amax(0))
@@ -254,10 +318,8 @@ def _neighbours(source: _Source, k: int, chunk_size: int) -> tuple[Tensor, Tenso
                 at = (near <= bound[rows]).nonzero()[:, 0]
                 at = at[rows[at].argsort()]
                 _keep_smallest(best[own], _padded(rows[at], _keys(near[at], numbers[other][columns[at]]), best[own]))
-    if not scale.isfinite().all():
-        raise ValueError("the squared distances overflow float32: scale the embeddings (or distances) down.")
     values, nearest = _unpack(best)
-    return out, nearest, values, scale.clamp_(min=torch.finfo(torch.float32).tiny)
+    return nearest, values, scale.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _keys(distances: Tensor, numbers: Tensor) -> Tensor:
@@ -342,7 +404,7 @@ def _encode(source: _Source, nearest: Tensor, values: Tensor, scale: Tensor, k1:
         if len(far):
             distance[far] = source.pairs(item[far], column[far])
         weight = (-distance / scale[item]).exp_()
-        weight /= torch.zeros(len(rows), device=rows.device).index_add_(0, r, weight)[r]
+        weight /= torch.zeros(len(rows), dtype=torch.float32, device=rows.device).index_add_(0, r, weight)[r]
         parts.append((torch.bincount(r, minlength=len(rows)), column, weight))
     return _Rows.joined(parts)
 
@@ -354,10 +416,10 @@ def _expand(codes: _Rows, nearest: Tensor) -> _Rows:
     owner = torch.arange(N, device=nearest.device).repeat_interleave(k)
     mean = matrix(torch.stack([owner, nearest.flatten()]), codes.value.new_full((N * k,), 1 / k))
     owner = torch.repeat_interleave(codes.count)
-    codes = matrix(torch.stack([owner, codes.column]), codes.value)
+    sparse = matrix(torch.stack([owner, codes.column]), codes.value)
     with warnings.catch_warnings():  # on a CPU the product is worked out on CSR matrices, which torch calls a beta
         warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
-        expanded = torch.sparse.mm(mean, codes).coalesce()
+        expanded = torch.sparse.mm(mean, sparse).coalesce()
     row, column = expanded.indices()
     return _Rows(torch.bincount(row, minlength=N), column, expanded.values())
 
@@ -369,9 +431,11 @@ def _true_cells(flags: Tensor) -> Tensor:
     return word[place] * 8 + bit
 
 
-def _blend(out: Tensor, codes: _Rows, scale: Tensor, lambda_value: float) -> Tensor:
+def _blend(
+    out: Tensor, codes: _Rows, sizes: tuple[int, int], scale: Tensor, lambda_value: float, places: Tensor | None
+) -> Tensor:
     """The final distance, of the Jaccard distance and the original, in place of the squared distances."""
-    Q, G = out.shape
+    Q, G = sizes
     queries = int(codes.count[:Q].sum())
     column, order = codes.column[queries:].sort()
     number = torch.repeat_interleave(codes.count[Q:])[order]
@@ -387,7 +451,10 @@ def _blend(out: Tensor, codes: _Rows, scale: Tensor, lambda_value: float) -> Ten
         hit, at = inverted.of(codes.column[entry])
         shared = torch.minimum(codes.value[entry].index_select(0, hit), inverted.value.index_select(0, at))
         cell = inverted.column.index_select(0, at).add_((owner * G).index_select(0, hit))
-        shared = torch.zeros((last - first) * G, device=out.device).index_add_(0, cell, shared).view(-1, G)
+        sums = torch.zeros((last - first) * G, dtype=torch.float32, device=out.device)
+        shared = sums.index_add_(0, cell, shared).view(-1, G)
+        if places is not None:
+            shared = shared.gather(1, places[first:last])
         # Rows sum to 1, so that the maxima sum to 2 - the sum of the minima. (But an item that is preceded by more than
         # k1 equal ones is not among its own neighbours, and its row is empty; the authors' code does the same.)
         block = out[first:last]

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from temporal_agg import Details, create_aggregator, list_aggregators
+from temporal_agg import Details, create_aggregator, list_aggregators, plot
 
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
@@ -217,6 +217,67 @@ def test_bfloat16_autocast(aggregator):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in aggregator.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_evaluation(aggregator, dtype):
+    """``.half()`` and ``.bfloat16()``: every parameter and the input in half precision, no autocast."""
+    features, extra = inputs(aggregator, B=4)
+    mask = holes(features.shape[1], (1, 3, features.shape[1], 2))
+    aggregator.to(dtype).float()  # the rounded weights
+    want = aggregator(features, mask, return_details=True, **extra)
+    got = aggregator.to(dtype)(
+        features.to(dtype), mask, return_details=True, **{k: v.to(dtype) for k, v in extra.items()}
+    )
+    error = (got.embedding.float() - want.embedding).norm() / want.embedding.norm()
+    assert error < (0.05 if dtype is torch.bfloat16 else 0.01), f"relative error {error:.3f}"
+    assert got.frame_weights.dtype == torch.float32
+    torch.testing.assert_close(got.frame_weights, want.frame_weights, rtol=0, atol=0.05)
+
+
+def test_layers_are_called(aggregator):
+    """So that hooks, adapters and quantisation see them."""
+    layers = {key: m for key, m in aggregator.named_modules() if list(m.parameters(recurse=False))}
+    fired = set()
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda *_, key=key: fired.add(key))
+    features, extra = inputs(aggregator)
+    aggregator(features, **extra)
+    assert not set(layers) - fired
+
+
+class LowRank(torch.nn.Module):
+    """A layer and a low-rank addition to what it computes, as an adapter has it. It has no weight to be read."""
+
+    def __init__(self, layer, sign):
+        super().__init__()
+        self.layer, self.sign = layer, sign
+        if isinstance(layer, torch.nn.Linear):
+            self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+            self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+        else:
+            conv = type(layer)
+            options = {k: getattr(layer, k) for k in ("kernel_size", "stride", "padding", "dilation")}
+            self.down = conv(layer.in_channels, 2, bias=False, **options)
+            self.up = conv(2, layer.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.sign * self.up(self.down(x))
+
+
+def test_adapters_on_any_layer_change_the_embedding(aggregator):
+    torch.manual_seed(0)
+    features, extra = inputs(aggregator)
+    want = aggregator(features, **extra)
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+    for key in [key for key, m in aggregator.named_modules() if isinstance(m, kinds)]:
+        parent, _, last = key.rpartition(".")
+        layer, moved = aggregator.get_submodule(key), 0.0
+        for sign in (-30, 30):  # one of them may end in a ReLU
+            setattr(aggregator.get_submodule(parent), last, LowRank(layer, sign))
+            moved = max(moved, (aggregator(features, **extra) - want).abs().max().item())
+        setattr(aggregator.get_submodule(parent), last, layer)
+        assert moved > 1e-6, f"{key} has no effect"
+
+
 def test_channels_last(aggregator):
     features, extra = inputs(aggregator)
     flat = features.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -327,3 +388,38 @@ def test_errors_say_what_came(aggregator):
             aggregator(features)
         with pytest.raises(ValueError, match="frames must have the shape"):
             aggregator(features, frames=extra["frames"][:, :, :2])
+
+
+def test_declared_maps_are_given_as_declared(aggregator):
+    features, extra = inputs(aggregator)
+    T = features.shape[1]
+    mask = holes(T, (2, T, 1))
+    with torch.no_grad():
+        details = aggregator.inspect(features, mask, **extra)
+    assert set(details.maps) == set(aggregator.maps)
+    for name, kind in aggregator.maps.items():
+        x = details.maps[name]
+        assert x.dim() == 1 + len(kind.axes), name
+        assert x.isfinite().all(), name
+        assert kind.values == "signed" or (x >= 0).all(), name
+        assert kind.values not in ("unit", "share") or (x <= 1 + 1e-5).all(), name
+        real = torch.ones((), dtype=torch.bool)  # the entries of real frames and real sources
+        for i, axis in enumerate(kind.axes, 1):
+            if axis in ("frames", "sources"):
+                assert x.shape[i] == T, name
+                real = real & mask.view(-1, *(T if j == i else 1 for j in range(1, x.dim())))
+        assert (x[~real.expand_as(x)] == 0).all(), name
+        if kind.over is not None:
+            i = 1 + kind.axes.index(kind.over)
+            total, counted = x.sum(i), real.expand_as(x).any(i)
+            torch.testing.assert_close(total[counted], torch.ones_like(total[counted]), msg=name)
+
+
+def test_figures_draw_every_map(aggregator):
+    features, extra = inputs(aggregator, B=1)
+    with torch.no_grad():
+        details = aggregator.inspect(features, **extra)
+    frames = torch.randint(256, (features.shape[1], 3, *FRAME), dtype=torch.uint8)
+    figure = plot.maps(details, list(frames), kinds=aggregator.maps)
+    said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
+    assert all(kind.title in said for kind in aggregator.maps.values())

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -35,6 +37,44 @@ def test_terms_are_float32_under_autocast():
         got = criterion(details_of(embedding), labels)
     assert {v.dtype for v in got.values()} == {torch.float32}
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list_criteria())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_criteria_follow_a_change_of_type(name, dtype):
+    """Half-precision parameters are computed with in float32; buffers learn, gradients arrive."""
+    torch.manual_seed(0)
+    aggregator = create_aggregator({"baseline": "mean", "star": "gsta"}.get(name, name), 16)
+    T = aggregator.clip_length or 4
+    frames = torch.rand(4, T, 3, 16, 8) if aggregator.needs_frames else None
+    details = aggregator(torch.rand(4, T, 16, 4, 2), frames=frames, return_details=True)
+    details = details._replace(
+        embedding=details.embedding.detach().requires_grad_(),
+        supervised={k: v.detach() for k, v in details.supervised.items()},
+    )
+    labels = torch.tensor([0, 0, 1, 1])
+    rounded = create_criterion(name, 3, aggregator, **({"mining": "hard"} if name == "loga" else {})).to(dtype)
+    if name == "gltr_released":
+        rounded.classifier[2].p = 0.0
+    criterion = copy.deepcopy(rounded).to(torch.float64 if dtype is torch.float64 else torch.float32)
+    want = criterion(details, labels)
+    got = rounded(details, labels)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {value.dtype for value in got.values()} == {wide}
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    got["loss"].backward()
+    criterion.after_step()
+    rounded.after_step()
+    assert all(p.dtype == dtype and p.grad is not None for p in rounded.parameters())
+    for (key, buffer), moved in zip(rounded.named_buffers(), criterion.buffers(), strict=True):
+        torch.testing.assert_close(buffer, moved.to(buffer.dtype), rtol=0.01, atol=0.01, msg=key)
+
+
+def test_float64_details_and_a_float32_criterion():
+    aggregator = create_aggregator("mean", 8).double()
+    criterion = create_criterion("baseline", 2, aggregator)
+    details = aggregator(torch.randn(4, 3, 8).double(), return_details=True)
+    assert criterion(details, torch.tensor([0, 0, 1, 1]))["loss"].dtype == torch.float64
 
 
 def test_errors_name_what_exists():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from temporal_agg import create_aggregator
 from temporal_agg.aggregators.gltr import DTP, GLTR, TSA, ReleasedTSA
@@ -148,7 +149,7 @@ def test_tsa_is_equation_7_and_its_mean_is_taken_first(normalize, train):
         torch.testing.assert_close(inside, torch.stack([torch.stack(row) for row in literal]), **exact)
         torch.testing.assert_close(M[b].sum(), inside.sum(), **exact)  # 0 at padding
     want = torch.stack([sum(clip) / len(clip) for clip in clips])  # Eq. 4
-    got = tsa.mean(x, M, MASK)
+    got = tsa.mean(x, MASK)[0]
     torch.testing.assert_close(got, want, **exact)
     torch.testing.assert_close(gradients(got, parameters), gradients(want, parameters), **exact)
 
@@ -335,3 +336,46 @@ def test_errors_say_what_to_do():
         GLTR(C, branches=0)
     with pytest.raises(ValueError, match=r"got \(0, 1\)"):
         DTP(d, (0, 1))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("normalize", ["softmax", "none", "released"])
+def test_long_tracklets_in_blocks(monkeypatch, normalize, train):
+    """M by blocks of targets equals M at once, gradients too; the figure asks for M whole."""
+    build = {"released": lambda: create_aggregator("gltr_released", C, embed_features=d)}
+    gltr = randomize(build.get(normalize, lambda: GLTR(C, d, normalize=normalize))().double()).train(train)
+    x = random(B, T, C)
+    parameters = [x, *(p for k, p in gltr.named_parameters() if "restore_norm" not in k)]
+
+    def run():
+        details = gltr(x, MASK, return_details=True)
+        return details, gradients(details.embedding, parameters)
+
+    whole, whole_gradients = run()
+    monkeypatch.setattr("temporal_agg.aggregators.gltr.WHOLE", 3)
+    monkeypatch.setattr("temporal_agg.aggregators.gltr.BLOCK", 2 * B * T)
+    blocks, blocks_gradients = run()
+    torch.testing.assert_close(blocks[:3], whole[:3], **exact)
+    torch.testing.assert_close(blocks_gradients, whole_gradients, **exact)
+    assert "tsa" in whole.maps
+    if not (train and normalize == "released"):
+        assert "tsa" not in blocks.maps
+        torch.testing.assert_close(gltr.inspect(x, MASK).maps["tsa"], whole.maps["tsa"], **exact)
+
+
+@pytest.mark.parametrize("name", ["gltr", "gltr_released"])
+def test_memory_of_a_long_tracklet(name):
+    """4,000 frames; M alone would have 64 MB, and its steps several times that."""
+    gltr, most = create_aggregator(name, 8, embed_features=8).eval(), 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                most = max(most, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    with torch.inference_mode(), Largest():
+        gltr(torch.rand(1, 4000, 8))
+    assert most <= 2**22

@@ -44,6 +44,8 @@ class Literal:
         self.training = aggregator.training
         self.released, self.parts = aggregator.released, aggregator.parts
         self.directions = aggregator.trl.directions
+        parts = [self.p["gce.join.weight"], self.p["gce.join_clip.weight"][..., None, None]]
+        self.p["join.weight"] = torch.cat(parts if self.released else parts[::-1], 1)  # the printed convolution
 
     def norm(self, key, xs, own=slice(None)):
         """BatchNorm over the entries of a list; ``own`` are the channels of one direction."""
@@ -70,7 +72,7 @@ class Literal:
         for g, clip in zip(glob, clips, strict=True):
             g = g[:, None, None].expand(-1, H, W)
             joined += [torch.cat([x, g] if self.released else [g, x]) for x in clip]
-        y = self.norm("gce.correlate.0", self.conv("gce.join", joined))
+        y = self.norm("gce.correlate.0", self.conv("join", joined))
         if self.released:
             y = [x.relu() for x in self.norm("gce.correlate.2", self.conv("gce.correlate.1", y))]
             y = self.norm("gce.correlate.5", self.conv("gce.correlate.4", y))
@@ -303,7 +305,10 @@ def test_released_weights_fit_by_name_and_concatenation():
     state |= {f"gce.embed.{key}": value for key, value in glo_fc.state_dict().items()}
     for key, value in corr_atte.state_dict().items():
         layer, entry = key.split(".")
-        state["gce.join.weight" if layer == "0" else f"gce.correlate.{int(layer) - 1}.{entry}"] = value
+        if layer == "0":
+            state["gce.join.weight"], state["gce.join_clip.weight"] = value[:, :C], value[:, C:, 0, 0]
+        else:
+            state[f"gce.correlate.{int(layer) - 1}.{entry}"] = value
     for g, modules in enumerate(directions):
         for theirs, ours in (("f1", "f2"), ("f2", "f1"), ("mlp", "mlp")):  # their f1 reads the memory
             state |= {f"trl.emu.{ours}.{g}.{key}": v for key, v in modules[theirs].state_dict().items()}

@@ -1,0 +1,274 @@
+"""A model as JSON, and back: ``config.json`` says how to build it, and everything in it is checked when it is read."""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+
+from .._files import read_json
+from .._version import __version__
+from ..aggregators.registry import ClipConfig, create_aggregator, registry_entry
+from .encoder import FrameEncoder, create_encoder, encoder_class, name_aliases
+from .tracklet import TrackletModel
+from .weights import unwrap
+
+__all__ = ["build", "describe", "read"]
+
+CONFIG = "config.json"
+FORMAT = 1
+LARGEST = 2**16  # of all whole numbers in a config: sizes, widths and counts
+_KINDS: dict[str, type] = {
+    "format": int,
+    "architecture": str,
+    "encoder": dict,
+    "aggregator": dict,
+    "clip": dict,
+    "data_config": dict,
+    "versions": dict,
+}
+_OPTIONAL: dict[str, type] = {"weights": str}
+_NOT_IN_CONFIG = {"pretrained", "grad_checkpointing"}  # arguments that leave the loaded model what it is
+_DATA = ("input_size", "mean", "std", "interpolation")
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
+
+Model = TypeVar("Model", bound=TrackletModel)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What ``config.json`` says about a :class:`TrackletModel`: every argument that it was built with.
+
+    Raises:
+        TypeError: no :class:`TrackletModel`, also not inside ``DataParallel`` or ``torch.compile``.
+        ValueError: the encoder or the aggregator was built by hand.
+    """
+    model = unwrap(model)
+    if not isinstance(model, TrackletModel):
+        raise TypeError(f"expected a TrackletModel, as create_model builds it, got {type(model).__name__}.")
+    encoder, aggregator = unwrap(model.encoder), unwrap(model.aggregator)
+    said = encoder.config if isinstance(encoder, FrameEncoder) else None
+    if said is None or encoder_class(said["backbone"]) is not type(encoder):
+        raise ValueError(
+            "the encoder cannot be described in config.json: build it from the name of a timm model, as in "
+            'FrameEncoder("resnet50") or create_model("mean_resnet50"); or keep model.state_dict() yourself.'
+        )
+    options: Any = aggregator.config
+    if options is None:
+        raise ValueError(
+            "the aggregator cannot be described in config.json: build it with create_aggregator(name, in_features), "
+            "registering your own class with @register_aggregator; or keep model.state_dict() yourself."
+        )
+    parameters = inspect.signature(registry_entry(options["name"]).build).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    config = {
+        "format": FORMAT,
+        "architecture": architecture(options["name"], said["backbone"]),
+        "encoder": dict(said),
+        "aggregator": {**defaults, **options},
+        "clip": dataclasses.asdict(model.clip),
+        "data_config": model.data_config,
+        "versions": {"temporal_agg": __version__, "timm": version("timm"), "torch": str(torch.__version__)},
+    }
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise ValueError(
+            f"the model was built with options that config.json cannot hold ({error}): use numbers, strings, lists and "
+            "dicts only."
+        ) from error
+    if lost := _left_out(config):
+        raise ValueError(f"config.json would not say all that the model was built with: {', '.join(lost)} is missing.")
+    return config
+
+
+def architecture(aggregator: str, backbone: str) -> str:
+    """What ``create_model`` calls the two; a system's own name where it has one (``star_resnet50``)."""
+    for alias, (name, prefix) in name_aliases().items():
+        if name == aggregator and backbone.startswith(prefix):
+            return f"{alias}_{backbone.removeprefix(prefix)}"
+    return f"{aggregator}_{backbone}"
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a ``config.json`` and checks every field of it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no config that this version can read; the message names the file and the field.
+    """
+    path = Path(path)
+    try:
+        config = read_json(path)
+        _check(config)
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+    return config
+
+
+def build(path: str | os.PathLike, cls: type[Model] = TrackletModel, **changes: Any) -> Model:  # type: ignore[assignment]
+    """The model that a ``config.json`` describes, without its weights.
+
+    Args:
+        path: of ``config.json``.
+        cls: what is built of encoder and aggregator.
+        **changes: options in the place of those that it says: of the encoder, the aggregator, and ``clip``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it describes nothing that can be built; the message names the file.
+    """
+    config = read(path)
+    encoder_options, options, clip_options = config["encoder"], config["aggregator"], config["clip"]
+    change = changes.pop("clip", {})
+    clip_options |= dataclasses.asdict(change) if isinstance(change, ClipConfig) else change
+    if "backbone_kwargs" in changes:
+        changes["backbone_kwargs"] = {**encoder_options["backbone_kwargs"], **changes["backbone_kwargs"]}
+    for key, value in changes.items():
+        (options if key in options else encoder_options)[key] = value
+    try:
+        encoder = create_encoder(**encoder_options)
+        aggregator = create_aggregator(**options)
+        clip = ClipConfig(**clip_options)
+        # What it was trained with, whatever this version of timm would say.
+        encoder.data_config = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config["data_config"].items()
+        } | ({"input_size": encoder.data_config["input_size"]} if "img_size" in changes else {})
+        return cls(encoder, aggregator, clip)
+    except ImportError:
+        raise
+    except Exception as error:  # a file can say anything, and what timm or an aggregator raises at it is not listed
+        raise ValueError(
+            f"{path} describes no model that can be built here ({type(error).__name__}: {error}); it was written by "
+            f"{config['versions']}."
+        ) from error
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raises ValueError unless a config is one of this format whose every field can be used."""
+    number = config.get("format")
+    if type(number) is not int or number != FORMAT:
+        raise ValueError(
+            f"expected a temporal-agg config of format {FORMAT}, got format {number!r}: it was written by another "
+            "library, or by a newer version of this one (pip install -U temporal-agg)."
+        )
+    missing, unknown = sorted(_KINDS.keys() - config.keys()), sorted(config.keys() - _KINDS.keys() - _OPTIONAL.keys())
+    if missing or unknown:
+        raise ValueError(f"missing keys: {missing or 'none'}; unknown keys: {unknown or 'none'}.")
+    for key, kind in {**_KINDS, **_OPTIONAL}.items():
+        if key in config and not isinstance(config[key], kind):
+            raise ValueError(f"{key} must be a JSON {_JSON[kind]}, got {config[key]!r}.")
+    _check_numbers("", config)
+    encoder, aggregator = config["encoder"], config["aggregator"]
+    for part, key in ((encoder, "backbone"), (aggregator, "name")):
+        if not isinstance(part.get(key), str):
+            raise ValueError(f"expected the name of a model in {key!r}, got {part.get(key)!r}.")
+    lost = _left_out(config)
+    if lost:
+        raise ValueError(
+            f"it does not say all that the model was built with: {', '.join(lost)} is missing. Add the values that the "
+            "weights were trained with."
+        )
+    _check_options("encoder", encoder, encoder_class(encoder["backbone"]))
+    _check_options("aggregator", aggregator, registry_entry(aggregator["name"]).build)
+    _check_options("clip", config["clip"], ClipConfig)
+    if lost := sorted({field.name for field in dataclasses.fields(ClipConfig)} - config["clip"].keys()):
+        raise ValueError(f"clip.{', clip.'.join(lost)} is missing.")
+    if config["architecture"] != (name := architecture(aggregator["name"], encoder["backbone"])):
+        raise ValueError(f"architecture is {config['architecture']!r}, but encoder and aggregator make {name!r}.")
+    _check_data(config["data_config"], encoder["img_size"])
+    for key, value in config["versions"].items():
+        if not isinstance(value, str):
+            raise ValueError(f"versions.{key} must be a string, got {value!r}.")
+
+
+def _check_data(data: dict[str, Any], img_size: list[int] | None) -> None:
+    if data.keys() != set(_DATA):
+        raise ValueError(f"data_config must have {', '.join(_DATA)} and nothing else, got {', '.join(data) or 'none'}.")
+    size, interpolation = data["input_size"], data["interpolation"]
+    if not _fits(size, tuple[int, int, int]) or size[0] != 3 or min(size) < 1:
+        raise ValueError(f"data_config.input_size must be [3, height, width], got {size!r}.")
+    if img_size is not None and list(size[1:]) != list(img_size):
+        raise ValueError(f"data_config.input_size is {size}, but encoder.img_size {img_size}: they must be the same.")
+    for key in ("mean", "std"):
+        if not _fits(data[key], tuple[float, float, float]) or (key == "std" and min(data[key]) <= 0):
+            what = "positive numbers" if key == "std" else "numbers"
+            raise ValueError(f"data_config.{key} must be three {what}, got {data[key]!r}.")
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(
+            f"data_config.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {interpolation!r}."
+        )
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    """Raises ValueError where a number is not finite, or larger than any size of a model."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(f"{where}.{key}" if where else str(key), item)
+    elif isinstance(value, (int, float)) and not (math.isfinite(value) and (type(value) is float or value <= LARGEST)):
+        raise ValueError(f"{where} must be a finite number, whole ones at most {LARGEST:,}, got {value!r:.40}.")
+
+
+def _check_options(part: str, said: dict[str, Any], build: Callable[..., Any]) -> None:
+    """Raises ValueError unless what is said are options that ``build`` has, of the types that it declares."""
+    parameters = inspect.signature(build).parameters
+    if unknown := sorted(said.keys() - (parameters.keys() - _NOT_IN_CONFIG) - {"name"}):
+        raise ValueError(f"this version's {part} has no option {', '.join(unknown)}.")
+    try:
+        hints = get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
+    except NameError:  # annotations that only type checkers can read
+        return
+    for key, value in said.items():
+        if key in hints and not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
+            raise ValueError(f"{part}.{key} must be {wanted}, got {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of the annotated type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in args)
+    if hint is type(None) or hint is None:
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (bool, int, str):
+        return type(value) is hint
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return isinstance(value, dict)
+    if isinstance(kind, type) and issubclass(kind, Sequence):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if kind is tuple and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(_fits(item, one) for item, one in zip(value, args, strict=True))
+        return not args or all(_fits(item, args[0]) for item in value)
+    return not isinstance(kind, type)
+
+
+def _left_out(config: dict[str, Any]) -> list[str]:
+    """The constructor arguments of encoder and aggregator that a config does not say."""
+    encoder, aggregator = config["encoder"], config["aggregator"]
+    lost = []
+    for part, said, build in (
+        ("encoder", encoder, encoder_class(encoder["backbone"])),
+        ("aggregator", aggregator, registry_entry(aggregator["name"]).build),
+    ):
+        for parameter in inspect.signature(build).parameters.values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.name not in {*said, *_NOT_IN_CONFIG} and not variadic:
+                lost.append(f"{part}.{parameter.name}")
+    return lost
+
+
+_JSON = {dict: "object", str: "string", int: "number"}

@@ -1,0 +1,318 @@
+"""Embeddings on disk, as npz or Parquet: whole tracklets with their names, and what made them.
+
+Both kinds hold the fields of :class:`Embeddings` under their names; those that are None are left out. In an npz file
+each is an array: numbers as they are, text as numpy's ``U``, what is said once as an array without dimensions. In a
+Parquet file (``pip install temporal-agg[parquet]``) what is said of each tracklet is a column (``name``, ``embedding``,
+``pid``, ``camera``, ``start``, ``end``, ``frames``), and what is said once is JSON in the schema's metadata under
+``temporal-agg``. A name that is no UTF-8 makes ``name`` a column of bytes.
+"""
+
+import json
+import os
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._files import locked, replace_file
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Embeddings", "append_embeddings", "merge_embeddings", "read_embeddings", "write_embeddings"]
+
+SUFFIXES = (".npz", ".parquet")
+INFLATED = 100  # times the size of a file on the disk that its content may take in memory; embeddings take 1 to 2
+ALWAYS = 1 << 24  # bytes that it may take anyway
+KEY = b"temporal-agg"
+COLUMNS = {"names": "name", "embeddings": "embedding", "pids": "pid", "cameras": "camera"}  # others: the field's name
+NUMBERS, TEXTS = ("pids", "cameras", "start", "end"), ("names", "frames")
+ONCE = {"distance": str, "model": str, "backbone_pretrained": bool, "fingerprint": str, "normalized": bool}
+DEFAULTS: dict[str, Any] = {"normalized": False, **dict.fromkeys(("pids", "cameras", "frames", "start", "end"))}
+
+
+class Embeddings(NamedTuple):
+    """The embeddings of N tracklets, by one model.
+
+    Attributes:
+        embeddings: float32 ``[N, D]``, finite.
+        names: of the tracklets.
+        pids: their identities, -1 = junk or unknown; None = unknown for all.
+        cameras: -1 = unknown; None = unknown for all.
+        distance: how to compare them: ``cosine``, ``euclidean`` or ``dot``.
+        model: a directory, a name or a place on the Hub.
+        backbone_pretrained: whether the model is timm's backbone under an aggregator without weights.
+        fingerprint: of the model; embeddings can be compared where it is the same.
+        normalized: whether every embedding has length 1.
+        frames: what the files of each tracklet looked like (names, sizes, times); "" = unknown.
+        start: the number in the file name of each tracklet's first frame, -1 where there is none.
+        end: the same of its last frame.
+    """
+
+    embeddings: Tensor
+    names: list[str]
+    pids: list[int] | None
+    cameras: list[int] | None
+    distance: str
+    model: str
+    backbone_pretrained: bool
+    fingerprint: str
+    normalized: bool = False
+    frames: list[str] | None = None
+    start: list[int] | None = None
+    end: list[int] | None = None
+
+
+def write_embeddings(path: str | os.PathLike, found: Embeddings) -> None:
+    """Writes an npz or a Parquet file, as its name ends; an older one is replaced once the new one is whole.
+
+    Raises:
+        ImportError: Parquet, and pyarrow is not installed.
+        OSError: it cannot be written.
+        ValueError: another kind of file, or fields that do not fit each other.
+    """
+    path = Path(path)
+    check_kind(path)
+    _check(found, str(path))
+    found = found._replace(embeddings=found.embeddings.detach().cpu().float())
+    replace_file(path, lambda temporary: _WRITE[path.suffix](temporary, found))
+
+
+def read_embeddings(path: str | os.PathLike) -> Embeddings:
+    """Reads what :func:`write_embeddings` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: Parquet, and pyarrow is not installed.
+        ValueError: a damaged file, one of another kind, or embeddings that are not finite. The message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected one that `temporal-agg embed` wrote.")
+    check_kind(path)
+    try:
+        fields = _READ[path.suffix](path)
+        if missing := [key for key in Embeddings._fields if key not in {*fields, *DEFAULTS}]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        found = Embeddings(**{**DEFAULTS, **fields})
+        _check(found, "it")
+        _check_finite(found)
+    except Exception as error:  # numpy, zipfile, zlib and pyarrow raise what they stumble over
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what = str(error) or type(error).__name__
+        raise ValueError(f"{path} is no file that `temporal-agg embed` wrote, or it is damaged: {what}.") from error
+    return found
+
+
+def merge_embeddings(*parts: Embeddings) -> Embeddings:
+    """One after the other; where some have no identities, cameras or numbers of frames, those are -1.
+
+    Raises:
+        ValueError: nothing to merge, embeddings of different models, or a name that comes twice.
+    """
+    if not parts:
+        raise ValueError("there is nothing to merge.")
+    first = parts[0]
+    for part in parts:
+        _check(part, "a part")
+        _check_finite(part)
+        for field in ("fingerprint", "distance", "normalized"):
+            if getattr(part, field) != getattr(first, field):
+                raise ValueError(
+                    f"these embeddings do not go together: of one part {field} is {getattr(first, field)!r} (by "
+                    f"{first.model}), of another {getattr(part, field)!r} (by {part.model}). Embed one of them again."
+                )
+        if part.embeddings.shape[1] != first.embeddings.shape[1]:
+            raise ValueError(
+                f"these embeddings have {first.embeddings.shape[1]} and {part.embeddings.shape[1]} numbers."
+            )
+    names = [name for part in parts for name in part.names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise ValueError(
+            f"two tracklets are named {twice[0]!r}{more}: names must be unique. Rename folders, or embed a folder that "
+            "holds both: its tracklets are named by their paths in it."
+        )
+    columns: dict[str, Any] = {}
+    for field in (*NUMBERS, "frames"):
+        values = [getattr(part, field) for part in parts]
+        unknown = [""] if field == "frames" else [-1]
+        if any(value is not None for value in values):
+            pairs = zip(parts, values, strict=True)
+            columns[field] = [x for part, value in pairs for x in (value or unknown * len(part.names))]
+    embeddings = torch.cat([part.embeddings for part in parts])
+    return first._replace(embeddings=embeddings, names=names, **columns)
+
+
+def append_embeddings(path: str | os.PathLike, more: Embeddings) -> Embeddings:
+    """Adds to a file of embeddings, which is replaced once the new one is whole; the result is returned, too.
+
+    Raises:
+        Busy: another process is at work on the file.
+        ValueError: as :func:`read_embeddings` and :func:`merge_embeddings`.
+    """
+    path = Path(path)
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        found = merge_embeddings(read_embeddings(path), more)
+        write_embeddings(path, found)
+    return found
+
+
+def check_kind(path: Path) -> None:
+    """Raises unless a file of this name can be written and read here."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"files of embeddings are named *.npz or *.parquet, got {path}.")
+    if path.suffix == ".parquet":
+        _parquet()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two kinds
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        _bound(path, sum(member.file_size for member in archive.infolist()))
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {key: stored[key] for key in Embeddings._fields if key in stored.files}
+    fields: dict[str, Any] = {}
+    for key, array in arrays.items():
+        kinds, dimensions = ("f", 2) if key == "embeddings" else ("iu", 1) if key in NUMBERS else ("U", 1)
+        if key in ONCE:
+            kinds, dimensions = "b" if ONCE[key] is bool else "U", 0
+        if array.dtype.kind not in kinds or array.ndim != dimensions:
+            what = {"f": "floating-point", "iu": "integers", "U": "text", "b": "a bool"}[kinds]
+            raise ValueError(f"{key} should be {what} of {dimensions} dimensions, got {array.dtype} {array.shape}")
+        fields[key] = _tensor(array) if key == "embeddings" else array.tolist()
+    return fields
+
+
+def _write_npz(path: Path, found: Embeddings) -> None:
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in found._asdict().items() if value is not None}
+    with open(path, "wb") as file:  # savez would add .npz to a name
+        np.savez(file, **arrays)
+
+
+def _read_parquet(path: Path) -> dict[str, Any]:
+    pa, pq = _parquet()
+    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    groups = range(file.metadata.num_row_groups)
+    _bound(path, sum(file.metadata.row_group(i).total_byte_size for i in groups))
+    about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b"{}"))
+    if not isinstance(about, dict) or not about:
+        raise ValueError(f"its schema has no metadata {KEY.decode()!r}")
+    fields: dict[str, Any] = {}
+    for key, kind in ONCE.items():
+        if key in about:
+            if type(about[key]) is not kind:
+                raise ValueError(f"{key} should be {kind.__name__}, got {about[key]!r}")
+            fields[key] = about[key]
+    columns = {key: COLUMNS.get(key, key) for key in Embeddings._fields if key not in ONCE}
+    table = file.read([name for name in columns.values() if name in file.schema_arrow.names])
+    for key, name in columns.items():
+        if name in table.column_names:
+            fields[key] = _column(pa, key, table[name])
+    return fields
+
+
+def _column(pa: Any, key: str, column: "pyarrow.ChunkedArray") -> Any:
+    """A field of :class:`Embeddings` from its column."""
+    kind = column.type
+    if column.null_count:
+        raise ValueError(f"{key}: {column.null_count} rows are empty")
+    if key == "embeddings":
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            raise ValueError(f"{key} should be lists of numbers, got {kind}")
+        if not pa.types.is_floating(kind.value_type):
+            raise ValueError(f"{key} should be floating-point, got {kind}")
+        rows = []
+        for chunk in column.chunks:
+            values = chunk.flatten().to_numpy(zero_copy_only=False)
+            width = len(values) // max(len(chunk), 1)
+            if (np.asarray(chunk.value_lengths() if not pa.types.is_fixed_size_list(kind) else width) != width).any():
+                raise ValueError(f"{key} have different lengths")
+            rows.append(values.reshape(len(chunk), width))
+        return _tensor(np.concatenate(rows) if rows else np.empty((0, 0), np.float32))
+    if key in NUMBERS:
+        if not pa.types.is_integer(kind):
+            raise ValueError(f"{key} should be integers, got {kind}")
+        return column.to_pylist()
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
+        raise ValueError(f"{key} should be text, got {kind}")
+    return [x if isinstance(x, str) else x.decode("utf-8", "surrogateescape") for x in column.to_pylist()]
+
+
+def _write_parquet(path: Path, found: Embeddings) -> None:
+    pa, pq = _parquet()
+    columns = {}
+    for key, value in found._asdict().items():
+        if value is None or key in ONCE:
+            continue
+        if key == "embeddings":
+            flat = pa.array(value.float().contiguous().numpy().reshape(-1))
+            value = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
+        elif key in TEXTS:
+            texts = [text.encode("utf-8", "surrogateescape") for text in value]
+            value = pa.array(texts if any(_foreign(text) for text in value) else value)
+        else:
+            value = pa.array(value, pa.int64())
+        columns[COLUMNS.get(key, key)] = value
+    about = {key: getattr(found, key) for key in ONCE}
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about).encode()})
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+_READ = {".npz": _read_npz, ".parquet": _read_parquet}
+_WRITE = {".npz": _write_npz, ".parquet": _write_parquet}
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install temporal-agg[parquet]") from error
+    return pyarrow, pyarrow.parquet
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    with np.errstate(over="ignore"):  # what overflows is not finite, and refused
+        return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+
+
+def _bound(path: Path, size: int) -> None:
+    """Raises where a small file would fill the memory."""
+    if size > INFLATED * path.stat().st_size + ALWAYS:
+        raise ValueError(f"{path.stat().st_size} bytes would become {size}")
+
+
+def _foreign(text: str) -> bool:
+    """Whether a name holds bytes that are no UTF-8 (as surrogates, PEP 383)."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check(found: Embeddings, what: str) -> None:
+    """Raises unless the fields fit each other."""
+    shape = list(found.embeddings.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{what} should have embeddings [N, D], at least one, got {shape}")
+    for field in (*TEXTS, *NUMBERS):
+        values = getattr(found, field)
+        if values is not None and len(values) != shape[0]:
+            raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")
+    if found.distance not in ("cosine", "euclidean", "dot"):
+        raise ValueError(f"{what} should have the distance cosine, euclidean or dot, got {found.distance!r}")
+
+
+def _check_finite(found: Embeddings) -> None:
+    wrong = (~found.embeddings.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"the embeddings of {len(wrong)} tracklets are not finite numbers, the first that of "
+            f"{found.names[wrong[0]]!r}"
+        )
