@@ -35,7 +35,7 @@ def drawn(args: argparse.Namespace, count: int, frames: int) -> list[data.Trackl
 
 def fastest(model: temporal_agg.TrackletModel) -> temporal_agg.TrackletModel:
     """With its weights in the memory format that suits the backbone."""
-    model.encoder.to(memory_format=getattr(model.encoder, "memory_format", torch.preserve_format))
+    model.encoder.to(memory_format=model.encoder.memory_format)
     return model
 
 
