@@ -40,9 +40,10 @@ def server():
 
 
 def times(value):
-    """Without what a clock says."""
+    """Without what a clock says, and the state of the repository in which somebody works."""
     if isinstance(value, dict):
-        return {key: times(of) for key, of in value.items() if "seconds" not in key and key not in ("hours", "command")}
+        kept = {key: of for key, of in value.items() if "seconds" not in key and key not in ("hours", "command", "git")}
+        return {key: times(of) for key, of in kept.items()}
     return [times(of) for of in value] if isinstance(value, list) else value
 
 
