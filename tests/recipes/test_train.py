@@ -255,11 +255,9 @@ def test_a_damaged_file_of_a_run_is_named(recipe, tmp_path, name, content):
     settings = {**recipe("settings").DEFAULTS, "split_seed": 0}
     (tmp_path / "one" / "settings.json").write_text(json.dumps({"settings": settings, "environment": {}}))
     (tmp_path / "one" / name).write_text(content)
+    reader = recipe("common").read_metrics if name == "metrics.json" else None
     with pytest.raises((SystemExit, ValueError), match=name):
-        if name == "settings.json":
-            train.main(options)
-        else:
-            recipe("common").read_metrics(tmp_path / "one" / name)
+        reader(tmp_path / "one" / name) if reader else train.main(options)
 
 
 def test_a_command_waits_for_another_one_in_its_directory(recipe, tmp_path, capsys):
