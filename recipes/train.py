@@ -587,8 +587,7 @@ def open_data(settings: Settings) -> dict[int, data.TrackletData]:
     if settings.flow_root:
         splits = {k: split.with_flow_root(settings.flow_root) for k, split in splits.items()}
     for split in splits.values():
-        split.check_retrieval()
-        split.label_map  # noqa: B018 - says what cannot be trained on
+        split.check_training().check_retrieval()
     return splits
 
 

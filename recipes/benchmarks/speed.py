@@ -105,6 +105,8 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
 
     args = parser.parse_args(argv)
     command = vars(args).pop("command")
+    if command is not page_command:
+        check_place(parser, getattr(args, "out", None))
     if "sizes" in args:
         try:
             args.sizes = [(int(q), int(g)) for q, g in (size.lower().split("x") for size in args.sizes.split(","))]
@@ -185,6 +187,15 @@ def add_others(commands) -> None:
     sub.add_argument("--results", type=Path, default=results_of_speed.RESULTS, help="the file")
     sub.add_argument("--out", type=Path, default=results_of_speed.PAGE, help="the page")
     sub.set_defaults(command=page_command)
+
+
+def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
+    """Refuses to write over what is no result of an earlier command, before anything is measured."""
+    if out and Path(out).expanduser().exists():
+        try:
+            results_of_speed.read(Path(out).expanduser())
+        except (OSError, ValueError) as error:
+            parser.error(f"--out would be written over: {error}")
 
 
 PARTS: dict[str, list[str]] = {  # what "all" measures, and (after --) what in little

@@ -50,6 +50,15 @@ def test_a_file_that_is_no_result_is_named(recipe, tmp_path, content):
         recipe("speed").main(["compare", str(tmp_path / "x.json"), str(tmp_path / "x.json")])
 
 
+def test_only_a_result_is_written_over(recipe, tmp_path, capsys):
+    (tmp_path / "thesis.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        recipe("speed").parse(["search", "--out", str(tmp_path / "thesis.json")])
+    assert "would be written over" in capsys.readouterr().err
+    result = file(tmp_path, "result.json", part(distances=([1.0], [2.0])))
+    recipe("speed").parse(["search", "--out", str(result)])
+
+
 def test_files_without_anything_in_common_are_not_compared(recipe, tmp_path):
     files = [file(tmp_path, f"{name}.json", part(**{name: ([1.0], [2.0])})) for name in ("distances", "rerank")]
     with pytest.raises(SystemExit, match="have measured nothing that is the same"):
