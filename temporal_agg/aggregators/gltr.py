@@ -330,12 +330,6 @@ class GLTR(Aggregator):
         weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), masked.uniform(mask, given))
         return Details(embedding, mask, weights, {} if M is None else {"tsa": M}, {})
 
-    def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
-        if self.tsa is None or "tsa" in details.maps:
-            return {}
-        x = self.embed(frame_vectors(features))
-        return {"tsa": self.tsa.relations(x if self.dtp is None else self.dtp(x, mask), mask)}
-
     def _stages(self) -> dict[str, MapKind]:
         """The kinds of :meth:`finer_maps`."""
         names = {"embedded": "F, embedded frames"}
@@ -347,16 +341,16 @@ class GLTR(Aggregator):
         return {**kinds, "mean": MapKind(("features",), "signed", "f, their mean (Eq. 4)")}
 
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
-        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``.
-
-        Without DTP there is no F', without TSA no F''.
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``,
+        and ``tsa``. Without DTP there is no F', without TSA no F''.
         """
         x = self.embed(frame_vectors(features))
         maps = {"embedded": masked.zero(x, mask), "mean": details.embedding}
         if self.dtp is not None:
             x = maps["local"] = self.dtp(x, mask)
         if self.tsa is not None:
-            maps["gathered"] = self.tsa.gather(x, details.maps["tsa"], mask)
+            maps["tsa"] = details.maps["tsa"] if "tsa" in details.maps else self.tsa.relations(x, mask)
+            maps["gathered"] = self.tsa.gather(x, maps["tsa"], mask)
         return maps
 
 

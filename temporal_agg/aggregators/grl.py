@@ -10,7 +10,7 @@ The code that the authors released differs from the paper; both readings are her
 released one holds its parameters as the authors' does, up to names and to the concatenation of the two directions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -361,7 +361,7 @@ class GRL(Aggregator):
     is_recurrent = True
     released = False
     default_parts = ("pooled", "memory")
-    maps = MappingProxyType(
+    maps: Mapping[str, MapKind] = MappingProxyType(
         {
             "correlation": MapKind(("frames", "height", "width"), "unit", "correlation map R (Eq. 2)"),
             "attention": MapKind(("frames", "sources"), "share", "attentive pooling", over="sources"),

@@ -264,7 +264,7 @@ class LOGA(Aggregator):
         """``parts`` ``[B, T, M]`` as LAQ scores them; of feature maps ``[B, T, H, W]``, 0 at what makes no part."""
         if self.assembly == "gcq":
             return {}
-        if self.quality == "frames":
+        if self.quality == "frames" and frames is not None:
             return {"parts": masked.zero(self.laq.part_scores(frames, mask), mask)}
         scores = masked.zero(self.laq.part_scores(features, mask), mask).repeat_interleave(self.laq.part_size, 2)
         H, W = features.shape[3:]
