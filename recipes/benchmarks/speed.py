@@ -201,7 +201,10 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
 PARTS: dict[str, list[str]] = {  # what "all" measures, and (after --) what in little
     "embed": ["--", "--models", "resnet10t", "--size", "64x32", "--tracklets", "4", "--repeats", "2"],
     "train": ["--", "--models", "resnet10t", "--size", "64x32", "--repeats", "2"],
-    "aggregators": ["--batch", "4", "--", "--channels", "128", "--backbone", "none", "--repeats", "2", "--no-memory"],
+    "aggregators": [
+        *("--batch", "4", "--", "--channels", "64", "--height", "4", "--width", "2", "--size", "64x32"),
+        *("--backbone", "none", "--repeats", "2", "--no-memory"),
+    ],
     "retrieval": [*("--sizes", "1980x11310", "--repeats", "1", "--", "--sizes", "200x1000", "--no-memory")],
     "search": ["--", "--sizes", "100x2000", "--repeats", "2"],
 }
