@@ -15,7 +15,7 @@ from temporal_agg import cli
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {  # a script that is not here takes no argument
-    "recipes/benchmarks/benchmark.py": "parse",
+    "recipes/benchmarks/speed.py": "parse",
     "recipes/compute_flow.py": "arguments",
     "recipes/evaluate.py": "parse",
     "recipes/benchmarks/study.py": "parse",
