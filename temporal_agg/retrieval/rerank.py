@@ -111,7 +111,7 @@ def rerank(
         if len(lost):
             raise ValueError(
                 f"{name}[{int(lost[0])}] has no number above {float(x[lost[0]]):.3g}, where others reach {size:.3g}: "
-                "too far apart for float32 distances. L2-normalise the embeddings, or look for what went wrong with some."
+                "too far apart for float32 distances. L2-normalise the embeddings, or see what went wrong with some."
             )
     x, y = ((x / size).float() for x in sides)
     source = _Features(x, y)
