@@ -52,7 +52,6 @@ def link(
         raise ValueError(f"threshold must be a number, got {threshold!r}.")
     found = distances(embeddings, embeddings, metric)
     table = found.cpu().numpy() if isinstance(found, Tensor) else found
-    del found
     N = len(table)
     apart = _overlaps(N, cameras, start, end)
     if apart is not None:
