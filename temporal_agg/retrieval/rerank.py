@@ -412,7 +412,7 @@ def _encode(source: _Source, nearest: Tensor, values: Tensor, scale: Tensor, k1:
 def _expand(codes: _Rows, nearest: Tensor) -> _Rows:
     """Local query expansion: the mean of the encodings of the nearest."""
     N, k = nearest.shape
-    matrix = partial(torch.sparse_coo_tensor, size=(N, N), check_invariants=False)
+    matrix = partial(torch.sparse_coo_tensor, size=(N, N), device=nearest.device, check_invariants=False)
     owner = torch.arange(N, device=nearest.device).repeat_interleave(k)
     mean = matrix(torch.stack([owner, nearest.flatten()]), codes.value.new_full((N * k,), 1 / k))
     owner = torch.repeat_interleave(codes.count)

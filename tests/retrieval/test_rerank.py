@@ -182,7 +182,7 @@ def test_candidates_have_the_distances_of_the_full_re_ranking(clusters):
         np.testing.assert_allclose(found, np.take_along_axis(full, indices, 1), atol=1e-6, rtol=0)
         assert (np.diff(found) >= 0).all()
         assert (np.diff(indices)[np.diff(found) == 0] > 0).all(), "ties by index"
-    assert isinstance(rerank(*map(torch.from_numpy, clusters), candidates=2).indices, torch.Tensor)
+    assert isinstance(rerank(*map(torch.tensor, clusters), candidates=2).indices, torch.Tensor)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e19, 1e30])
