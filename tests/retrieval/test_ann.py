@@ -1,3 +1,7 @@
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +104,19 @@ def test_errors_say_what_came(tmp_path):
             call()
 
 
+@needs_faiss
+def test_the_example_states_recall(capsys):
+    path = Path(__file__).parents[2] / "examples" / "faiss_search.py"
+    spec = importlib.util.spec_from_file_location("examples_faiss_search", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    recall = example.compare(example.people(3000, 16), example.people(40, 16, seed=1))
+    assert recall["flat"] == 1
+    assert min(recall.values()) > 0.8
+    assert capsys.readouterr().out.count("recall@10") == 3
+
+
 def test_without_faiss(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"pip install 'temporal-agg\[faiss\]'"):
         faiss_index(np.ones((3, 4)))
