@@ -197,7 +197,7 @@ def test_scale_does_not_matter(clusters, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_type_and_device_do_not_matter(clusters, dtype):
-    queries, gallery = (torch.from_numpy(x[:50]) for x in clusters)
+    queries, gallery = (torch.tensor(x[:50]) for x in clusters)
     want = rerank(queries, gallery, 5), rerank(queries, gallery, 5, candidates=3)
     before = torch.get_default_dtype()
     try:
