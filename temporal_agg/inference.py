@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from itertools import groupby
 from traceback import clear_frames
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,7 +40,7 @@ def embed_tracklets(
     A tracklet's embedding is the mean of its clips' embeddings, not normalised before. Every frame that a clip needs is
     read and passes the backbone once, also where clips overlap; batches are filled across tracklets; features are kept
     only until the last clip that needs them. A clip of more than ``frames_per_batch`` frames, as a whole tracklet can
-    be, goes through ``aggregator.stream`` where there is one (:meth:`GSTA.stream`): its maps are then never all there.
+    be, is streamed where the aggregator can (``supports_streaming``): its maps are then never all there.
     Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without gradients,
     and gets back the mode that it had. Mixed precision is the caller's: wrap the call in ``torch.autocast``.
 
@@ -240,13 +241,15 @@ def _embed(model: "TrackletModel", calls: list[_Call], features: _Features, out:
         features.drop(needed[k])
         first, last = int(call.frames.min()), int(call.frames.max()) + 1
         if (
-            hasattr(aggregator, "stream")
+            aggregator.supports_streaming
+            and aggregator.needs_maps
             and call.frames.shape[1] > frames_per_batch
             and call.mask.all()
             and torch.equal(call.frames[0], torch.arange(first, last))
             and needed[k + 1] >= last  # no later call wants these frames
         ):
-            embeddings = aggregator.stream(features.chunks(first, last)).embedding
+            state = reduce(aggregator.update, features.chunks(first, last), aggregator.begin(1))
+            embeddings = aggregator.read(state).embedding
         else:
             clips, images = features.take(call.frames)
             mask = None if call.mask.all() else call.mask.to(clips.device)

@@ -8,13 +8,15 @@ is a scaled feature map: its BatchNorm moments follow from each frame's mean and
 two means over ``sigmoid(slope * map + offset)``.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
 from ..losses import ConsistencyLoss, TripletLoss
-from .base import Aggregator, Criterion, Details, MapKind, aggregator_of, initial_classifier
+from .base import Aggregator, Criterion, Details, MapKind, Softmaxed, aggregator_of, initial_classifier
 from .registry import ClipConfig, Paper, register_aggregator
 
 __all__ = ["FGRA", "GAM", "FGRACriterion", "SpatialAttention", "TemporalAlignment", "TemporalAttention"]
@@ -318,6 +320,19 @@ class FGRACriterion(Criterion):
         return groups
 
 
+class _Seen(NamedTuple):
+    """What FGRA keeps of a stream; where there is no local branch, of no regions."""
+
+    templates: Tensor  # [B, N_s, C], of the first frame
+    highest: Tensor  # [B], these three of base.Softmaxed, the global branch's
+    weight: Tensor  # [B]
+    total: Tensor  # [B, C]
+    region_highest: Tensor  # [B, N_s], or [B, N_s, C] for the alignment scores
+    region_weight: Tensor
+    region_total: Tensor  # [B, N_s, C]
+    seen: Tensor  # [B], the real frames
+
+
 @register_aggregator(
     "fgra",
     criterion=FGRACriterion,
@@ -419,8 +434,7 @@ class FGRA(Aggregator):
             pooled, frame_weights = self.global_attention(rows.mean(3), mask)
             vectors.append(self.global_reduction(pooled))  # f_s,g
         if self.local_branch is not None:
-            regions = F.adaptive_avg_pool1d(rows.flatten(0, 1), self.num_regions)  # [B * T, C, N_s]
-            regions = regions.transpose(1, 2).unflatten(0, mask.shape)
+            regions = self._stripes(rows)
             if self.gam is not None:
                 templates = masked.take(regions, masked.order(mask))[:, 0]
                 regions, scores = self.gam(features, templates, mask)
@@ -440,3 +454,52 @@ class FGRA(Aggregator):
             if frame_weights is None:
                 frame_weights = weights.mean(2)
         return Details(torch.cat(vectors, 1), mask, frame_weights, maps, supervised)  # Eq. 9
+
+    def _stripes(self, rows: Tensor) -> Tensor:
+        """``[B, T, C, H]`` -> ``[B, T, N_s, C]``."""
+        stripes = F.adaptive_avg_pool1d(rows.flatten(0, 1), self.num_regions)  # [B * T, C, N_s]
+        return stripes.transpose(1, 2).unflatten(0, rows.shape[:2])
+
+    @property
+    def streaming_reason(self) -> str:
+        return "in training its BatchNorm has statistics of the whole clip; call .eval()" if self.training else ""
+
+    def _begin(self, batch: int, like: Tensor) -> _Seen:
+        C, N = self.in_features, self.num_regions if self.local_branch else 0
+        attended = Softmaxed.begin(batch, (), (C,), like)
+        scores, rest = ((N, C), ()) if isinstance(self.temporal, TemporalAlignment) else ((N,), (C,))
+        regions = Softmaxed.begin(batch, scores, rest, like)
+        return _Seen(like.new_zeros(batch, N, C), *attended, *regions, like.new_zeros(batch, dtype=torch.int64))
+
+    def _update(self, state: _Seen, features: Tensor, mask: Tensor) -> _Seen:
+        attended, aligned = Softmaxed(*state[1:4]), Softmaxed(*state[4:7])
+        templates = state.templates
+        rows = features.sum(4) / features.shape[4]
+        if self.global_attention is not None:
+            vectors = rows.mean(3)
+            attended = attended.add(self.global_attention.score(vectors).squeeze(-1), vectors, mask)
+        if self.local_branch is not None:
+            regions = self._stripes(rows)
+            scores = torch.zeros_like(regions[..., 0])
+            if self.gam is not None:
+                first = masked.take(regions, masked.order(mask))[:, 0].to(templates.dtype)
+                starts = (state.seen == 0) & mask.any(1)
+                templates = torch.where(starts[:, None, None], first, templates)
+                regions, aligned_scores = self.gam(features, templates.to(regions.dtype), mask)
+                if isinstance(self.temporal, TemporalAlignment):
+                    scores = aligned_scores
+            if isinstance(self.temporal, TemporalAttention):
+                scores = self.temporal.score(regions).squeeze(-1)
+            aligned = aligned.add(scores, masked.zero(regions, mask), mask)
+        return _Seen(templates, *attended, *aligned, state.seen + mask.sum(1))
+
+    def _read(self, state: _Seen) -> Tensor:
+        vectors = []
+        if self.global_reduction is not None:
+            vectors.append(self.global_reduction(self._like_parameters(Softmaxed(*state[1:4]).read())))
+        if self.local_reduction is not None:
+            pooled = self._like_parameters(Softmaxed(*state[4:7]).read())
+            if self.spatial is not None:
+                pooled, _ = self.spatial(pooled)
+            vectors.append(self.local_reduction(pooled).flatten(1))
+        return torch.cat(vectors, 1)

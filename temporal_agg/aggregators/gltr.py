@@ -19,6 +19,7 @@ from .base import (
     Aggregator,
     Criterion,
     Details,
+    Frames,
     MapKind,
     aggregator_of,
     frame_vectors,
@@ -318,7 +319,10 @@ class GLTR(Aggregator):
             self.maps = {"tsa": _TSA_MAP if normalize == "softmax" else replace(_TSA_MAP, values="signed", over=None)}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
-        x = self.embed(frame_vectors(features))
+        return self._refine(self.embed(frame_vectors(features)), mask)
+
+    def _refine(self, x: Tensor, mask: Tensor) -> Details:
+        """What stands behind the frame embeddings ``[B, T, d]``."""
         if self.dtp is not None:
             x = self.dtp(x, mask)  # Eq. 2
         if self.tsa is None:
@@ -328,6 +332,22 @@ class GLTR(Aggregator):
         total = given.sum(1, keepdim=True)
         weights = torch.where(total > 0, given / torch.where(total > 0, total, 1), masked.uniform(mask, given))
         return Details(embedding, mask, weights, {} if M is None else {"tsa": M}, {})
+
+    # DTP looks ahead, and TSA at every pair of frames: a stream keeps the frame embeddings.
+    streaming_reason = ""
+
+    def _begin(self, batch: int, like: Tensor) -> Frames:
+        return Frames.begin(batch, self.embed.out_features, like)
+
+    def _update(self, state: Frames, features: Tensor, mask: Tensor) -> Frames:
+        return state.add(self.embed(frame_vectors(features)), mask)
+
+    def _count(self, state: Frames) -> Tensor:
+        return state.mask.sum(1)
+
+    def _read(self, state: Frames) -> Details:
+        details = self._refine(self._like_parameters(state.vectors), state.mask)
+        return details._replace(maps={})
 
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
         if self.tsa is None or "tsa" in details.maps:

@@ -391,6 +391,10 @@ class GRL(Aggregator):
         self.key = nn.Linear(C, 512, bias=self.released)
         self.key_norm = masked.BatchNorm(512)
 
+    streaming_reason = (
+        "GCE compares every frame with the mean of all, and the backward direction starts at the last; embed clips"
+    )
+
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         R = self.gce(features, mask)
         high, low = self.trl(features * R, features * (1 - R), mask)  # Eqs. 3, 4

@@ -256,5 +256,11 @@ class LOGA(Aggregator):
             x = p + self.fc(attended)  # Eqs. 4, 9
         return Details(x, mask, (w_l + w_g) / 2, {"laq": w_l, "gcq": w_g}, {})
 
+    @property
+    def streaming_reason(self) -> str:
+        if self.clip_length is not None:
+            return f"its clips have exactly {self.clip_length} frames, and LAQ has a weight for each place; embed clips"
+        return "GCQ compares every frame with the mean of all of them; embed clips"
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, assembly={self.assembly!r}, quality={self.quality!r}"
