@@ -264,7 +264,7 @@ class Aggregator(nn.Module):
 
     def _count(self, state: Any) -> Tensor:
         """The number of real frames of each tracklet, ``[B]``."""
-        return state.seen
+        return state.mask.sum(1) if isinstance(state, Frames) else state.seen
 
     def _begin(self, batch: int, like: Tensor) -> Any:
         """:meth:`begin`, with ``like`` an empty tensor of at least float32."""

@@ -342,9 +342,6 @@ class GLTR(Aggregator):
     def _update(self, state: Frames, features: Tensor, mask: Tensor) -> Frames:
         return state.add(self.embed(frame_vectors(features)), mask)
 
-    def _count(self, state: Frames) -> Tensor:
-        return state.mask.sum(1)
-
     def _read(self, state: Frames) -> Details:
         details = self._refine(self._like_parameters(state.vectors), state.mask)
         return details._replace(maps={})

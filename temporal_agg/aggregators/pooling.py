@@ -60,16 +60,18 @@ class BaselineCriterion(Criterion):
         }
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
+    """A streaming state that sums the frames and counts them."""
+
     total: Tensor  # [B, C]
     seen: Tensor  # [B], the real frames
 
     @classmethod
-    def begin(cls, batch: int, width: int, like: Tensor) -> "_Sums":
+    def begin(cls, batch: int, width: int, like: Tensor) -> "Sums":
         return cls(like.new_zeros(batch, width), like.new_zeros(batch, dtype=torch.int64))
 
-    def add(self, x: Tensor, mask: Tensor) -> "_Sums":
-        return _Sums(self.total + masked.at_least_float32(masked.zero(x, mask)).sum(1), self.seen + mask.sum(1))
+    def add(self, x: Tensor, mask: Tensor) -> "Sums":
+        return Sums(self.total + masked.at_least_float32(masked.zero(x, mask)).sum(1), self.seen + mask.sum(1))
 
     def mean(self) -> Tensor:
         return self.total / self.seen[:, None]
@@ -87,13 +89,13 @@ class Mean(Aggregator):
 
     streaming_reason = ""
 
-    def _begin(self, batch: int, like: Tensor) -> _Sums:
-        return _Sums.begin(batch, self.in_features, like)
+    def _begin(self, batch: int, like: Tensor) -> Sums:
+        return Sums.begin(batch, self.in_features, like)
 
-    def _update(self, state: _Sums, features: Tensor, mask: Tensor) -> _Sums:
+    def _update(self, state: Sums, features: Tensor, mask: Tensor) -> Sums:
         return state.add(frame_vectors(features), mask)
 
-    def _read(self, state: _Sums) -> Tensor:
+    def _read(self, state: Sums) -> Tensor:
         return state.mean()
 
 
