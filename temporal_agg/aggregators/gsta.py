@@ -160,17 +160,26 @@ class GSTA(Aggregator):
         in_features: C.
         hidden_features: the channels of the ConvLSTM's state (the paper does not say; ours). At C = 2048 the
             ConvLSTM has 47 million parameters by default, and would have 302 million at a width of 2048.
+        start: of W9: ``random``, torch's values; or ``zero``, so that the embedding starts as the maps' mean, where an
+            existing embedding was trained (ours).
+
+    Raises:
+        ValueError: an unknown ``start``.
     """
 
     needs_maps = True
     is_recurrent = True
 
-    def __init__(self, in_features: int, hidden_features: int = 512):
+    def __init__(self, in_features: int, hidden_features: int = 512, start: str = "random"):
+        if start not in ("random", "zero"):
+            raise ValueError(f"GSTA: start must be 'random' or 'zero', got {start!r}.")
         super().__init__(in_features, in_features)
         self.lstm = ConvLSTM(in_features, hidden_features)
         self.squeeze = nn.Linear(hidden_features, max(1, hidden_features // 16))  # W7, b7
         self.score = nn.Linear(self.squeeze.out_features, 1, bias=False)  # W8
         self.project = nn.Linear(hidden_features, in_features, bias=False)  # W9
+        if start == "zero":
+            nn.init.zeros_(self.project.weight)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         hidden, _ = self.lstm(features, mask=mask)

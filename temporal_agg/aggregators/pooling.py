@@ -38,6 +38,10 @@ class BaselineCriterion(Criterion):
         margin: of the triplet loss; None = soft margin.
         label_smoothing: of the cross-entropy, 0 to 1.
         mining: ``hard`` or ``random`` (see :class:`TripletLoss`).
+        neck: a BatchNorm between the embedding and both terms. It is the criterion's: what is compared in the test has
+            not passed it. It takes the embedding's scale out of the losses, so that aggregators whose embeddings
+            differ in scale can be compared under them.
+        distance: of the triplet, ``euclidean`` or ``cosine``.
     """
 
     def __init__(
@@ -47,17 +51,19 @@ class BaselineCriterion(Criterion):
         margin: float | None = 0.3,
         label_smoothing: float = 0.0,
         mining: str = "hard",
+        neck: bool = False,
+        distance: str = "euclidean",
     ):
         super().__init__(num_classes)
-        self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes)
+        width = aggregator_of(model).num_features
+        self.neck = nn.BatchNorm1d(width) if neck else nn.Identity()
+        self.classifier = initial_classifier(width, num_classes)
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.triplet = TripletLoss(margin, mining)
+        self.triplet = TripletLoss(margin, mining, distance=distance)
 
     def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
-        return {
-            "cross_entropy": self.cross_entropy(self.classifier(details.embedding), labels),
-            "triplet": self.triplet(details.embedding, labels),
-        }
+        x = self.neck(details.embedding)
+        return {"cross_entropy": self.cross_entropy(self.classifier(x), labels), "triplet": self.triplet(x, labels)}
 
 
 class Sums(NamedTuple):

@@ -216,4 +216,4 @@ def _median(x: Tensor, mask: Tensor) -> Tensor:
 
 def _weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True)  # first, so that what is large and weighs nothing stays finite
-    return torch.einsum("bt,btc->bc", weights, x)
+    return (weights[..., None] * x).sum(1)  # no matrix product, which autocast would round

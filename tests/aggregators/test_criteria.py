@@ -198,3 +198,17 @@ def test_every_ablation_trains_all_that_it_has(name, aggregator_options, options
     unused = [key for m in (aggregator, criterion) for key, p in m.named_parameters() if p.grad is None]
     assert unused == (["trl.join_low.weight", "memory_norm.weight", "memory_norm.bias"] if "losses" in options else [])
     assert all(p.isfinite().all() for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["baseline", "loga"])
+def test_the_neck_stands_before_both_terms(name):
+    torch.manual_seed(0)
+    x, labels = 100 * torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    aggregator = create_aggregator("mean" if name == "baseline" else "loga", 8)
+    criterion = create_criterion(name, 3, aggregator, neck=True, distance="cosine", mining="hard")
+    terms = criterion(details_of(x), labels)
+    normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(terms["triplet"], TripletLoss(distance="cosine")(normed, labels))
+    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(criterion.classifier(normed), labels))
+    torch.testing.assert_close(criterion(details_of(x / 50), labels), terms, rtol=1e-2, atol=1e-3)  # no scale is left
+    assert not any("neck" in key for key in create_criterion(name, 3, aggregator).state_dict())

@@ -130,3 +130,13 @@ def test_errors():
         m.update(m.update(m.begin(B), maps()), maps()[..., 1:])
     with pytest.raises(TypeError, match="hidden_features"):
         create_aggregator("gsta", C, hidden=8)
+
+
+def test_a_zero_start_is_the_mean_of_the_maps():
+    m = create_aggregator("gsta", C, hidden_features=8, start="zero")
+    x = maps().float()
+    torch.testing.assert_close(m(x), x.mean((1, 3, 4)))
+    m(x).square().sum().backward()
+    assert m.project.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="'random' or 'zero', got 'one'"):
+        create_aggregator("gsta", C, start="one")
