@@ -219,7 +219,7 @@ def test_what_is_no_details_or_no_labels_gets_help():
     criterion = create_criterion("baseline", 5, aggregator)
     x, labels = torch.randn(4, 2, 8), torch.tensor([0, 0, 1, 1])
     details = aggregator(x, return_details=True)
-    with pytest.raises(TypeError, match="BaselineCriterion: expected the model's Details, got Tensor.*return_details"):
+    with pytest.raises(TypeError, match=r"BaselineCriterion: expected the model's Details, got Tensor.*return_details"):
         criterion(aggregator(x), labels)
     for wrong, message in (
         (labels.float(), "whole numbers .*got torch.float32"),
