@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
-from temporal_agg import Details, create_aggregator, list_aggregators
 from temporal_agg.aggregators import join, take
 
 C, H, W = 32, 4, 2
@@ -426,6 +425,7 @@ def test_figures_draw_every_map(aggregator):
     figure = plot.maps(details, list(frames), kinds=aggregator.maps)
     said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
     assert all(kind.title in said for kind in aggregator.maps.values())
+
 
 def streams(aggregator):
     if not aggregator.supports_streaming:
