@@ -367,8 +367,8 @@ class GLTR(Aggregator):
         return details._replace(maps={})
 
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
-        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``,
-        and ``tsa``. Without DTP there is no F', without TSA no F''.
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F' and ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f
+        ``[B, N*d]``, and ``tsa``. Without DTP there is no F', without TSA no F''.
         """
         x = self.embed(frame_vectors(features))
         maps = {"embedded": masked.zero(x, mask), "mean": details.embedding}
