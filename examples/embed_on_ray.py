@@ -4,8 +4,8 @@
 
 Written for ray 2.60 (pip install "ray[data]"). The table (Parquet, CSV) has a row a frame with the columns tracklet
 (its name), frame (a number to order by) and path (an image file, where every machine finds it). Ray Data hands blocks
-of tracklets to actors that each hold the model; each block becomes one Parquet file in the output folder, with the columns
-tracklet, frames and embedding. Stopped and started again, it embeds what is not in the folder yet.
+of tracklets to actors that each hold the model; each block becomes one Parquet file in the output folder, with the
+columns tracklet, frames and embedding. Stopped and started again, it embeds what is not in the folder yet.
 """
 
 import argparse
