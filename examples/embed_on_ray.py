@@ -2,10 +2,10 @@
 
     python examples/embed_on_ray.py frames.parquet embeddings --model hf-hub:owner/name --actors 8 --gpus 1
 
-Written for ray 2.60 (pip install "ray[data]"). The table (Parquet, CSV) has a row a frame, with the columns tracklet
-(its name), frame (a number to order by) and path (a file that every machine finds). Ray Data hands blocks of
-tracklets to actors that each hold the model; each block becomes one Parquet file in the output folder, with the columns
-tracklet, frames and embedding. Stopped and started again, it embeds what is not in the folder yet.
+Written for ray 2.60 (pip install "ray[data]"). The table (Parquet, CSV) has a row a frame with the columns tracklet
+(its name), frame (a number to order by) and path (an image file, where every machine finds it). Ray Data hands blocks
+of tracklets to actors that each hold the model; each block becomes one Parquet file in the output folder, with the
+columns tracklet, frames and embedding. Stopped and started again, it embeds what is not in the folder yet.
 """
 
 import argparse

@@ -160,9 +160,10 @@ def without_paths(found: dict, settings: dict, run: Path) -> dict:
 
 def command_of(environment: dict) -> str:
     script, _, arguments = environment["command"].partition(" ")
+    inside = script.replace("\\", "/").rpartition("recipes/")[2]  # train.py, benchmarks/study.py
     several = environment["processes"] > 1
     start = f"torchrun --nproc_per_node {environment['processes']}" if several else "python"
-    return f"{start} recipes/{Path(script).name} {arguments}".strip()
+    return f"{start} recipes/{inside} {arguments}".strip()
 
 
 def check_place(out: Path, settings: dict) -> None:

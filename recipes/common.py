@@ -209,9 +209,7 @@ def embed_test(model, dataset: data.TrackletData, accelerator, *options) -> tupl
 
 def score(distances, dataset: data.TrackletData, ap: str = "step", ranks=RANKS) -> retrieval.RetrievalMetrics:
     """The data set's protocol."""
-    sides = (dataset.query, dataset.gallery)
-    ids = ([getattr(t, key) for t in side] for side in sides for key in ("pid", "camera"))
-    return retrieval.evaluate(distances, *ids, query_index=dataset.query_index, ranks=ranks, ap=ap)
+    return retrieval.evaluate_tracklets(distances, dataset.query, dataset.gallery, ranks=ranks, ap=ap)
 
 
 def summary(metrics: retrieval.RetrievalMetrics) -> dict:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from temporal_agg import data
 from temporal_agg.data.flow import encode_flow, flow_file, flow_header, write_flow
 from temporal_agg.data.tracklet import Tracklet, tracklet_key
+from temporal_agg.inference import allowed_cores
 
 try:
     import cv2
@@ -68,7 +69,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=allowed_cores(),
         help="processes; 0: this one alone",
     )
     parser.add_argument("--overwrite", action="store_true", help="compute everything anew")

@@ -136,19 +136,10 @@ def build_sampler(settings: Settings, tracklets, labels: list[int], rank: int, w
 
 
 def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: dict, accelerator) -> DataLoader:
-    config, clip = model.data_config, model.clip
-    transform = data.ClipTransform(
-        config["input_size"][1:],
-        config["mean"],
-        config["std"],
-        config["interpolation"],
-        train=True,
-        flip=settings.flip,
-        pad=settings.pad,
-        random_crop=settings.random_crop,
-        erasing=settings.erasing,
-        erasing_per_frame=settings.erasing_per_frame,
-    )
+    clip = model.clip
+    augmentation = ("flip", "pad", "random_crop", "erasing", "erasing_per_frame")
+    chances = {name: getattr(settings, name) for name in augmentation}
+    transform = data.ClipTransform.for_model(model, train=True, **chances)
     clips = data.ClipDataset(
         dataset.train,
         labels,
@@ -343,7 +334,7 @@ def prepare(directory: Path, dataset: data.TrackletData, settings: Settings, acc
     if settings.sync_batchnorm and device.type == "cuda" and accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)
-    model.encoder.to(memory_format=getattr(model.encoder, "memory_format", torch.preserve_format))
+    model.encoder.to(memory_format=model.encoder.memory_format)
     criterion_name, criterion = build_criterion(settings, model, len(labels))
     criterion = criterion.to(device)
     optimizer = build_optimizer(settings, model, criterion)
@@ -596,8 +587,7 @@ def open_data(settings: Settings) -> dict[int, data.TrackletData]:
     if settings.flow_root:
         splits = {k: split.with_flow_root(settings.flow_root) for k, split in splits.items()}
     for split in splits.values():
-        split.check_retrieval()
-        split.label_map  # noqa: B018 - says what cannot be trained on
+        split.check_training().check_retrieval()
     return splits
 
 

@@ -21,6 +21,7 @@ from .aggregators.gltr import DTP, GLTR, TSA
 from .aggregators.grl import EMU, GCE, GRL, TRL
 from .aggregators.gsta import GSTA, ConvLSTM
 from .aggregators.loga import GCQ, LAQ, LOGA
+from .aggregators.robust import biweight_mean, geometric_median, outlier_mask
 from .data import Tracklet
 from .export import export_onnx
 from .inference import embed_tracklets
@@ -58,6 +59,7 @@ __all__ = [
     "Tracklet",
     "TrackletModel",
     "TrackletStream",
+    "biweight_mean",
     "create_aggregator",
     "create_criterion",
     "create_model",
@@ -66,12 +68,14 @@ __all__ = [
     "embed_tracklets",
     "evaluate",
     "export_onnx",
+    "geometric_median",
     "list_aggregators",
     "list_criteria",
     "list_models",
     "load_weights",
     "losses",
     "masked",
+    "outlier_mask",
     "plot",
     "register_aggregator",
     "register_criterion",

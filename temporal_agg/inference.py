@@ -430,7 +430,7 @@ def _embed(
             if not len(owners):
                 continue
         if (
-            _supports_streaming(model.aggregator)
+            model.aggregator.supports_streaming
             and frames.shape[1] > frames_per_batch
             and bool(mask.all())
             and not reject_outliers
@@ -459,17 +459,11 @@ def _add(out: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
 
 def _streamed(aggregator: Any, chunks: Iterable[Tensor]) -> Tensor:
     """The embedding ``[1, D]`` of one clip whose features ``[1, t, ...]`` come in pieces."""
-    if hasattr(aggregator, "stream"):  # TO DELETE once GSTA.stream is gone
-        return aggregator.stream(chunks).embedding
     state = None
     for chunk in chunks:
         state = aggregator.update(aggregator.begin(1, chunk) if state is None else state, chunk)
         del chunk  # or it would live on while the next one is made
     return aggregator.read(state).embedding
-
-
-def _supports_streaming(aggregator: Any) -> bool:  # TO DELETE then too: aggregator.supports_streaming
-    return bool(getattr(aggregator, "supports_streaming", hasattr(aggregator, "stream")))
 
 
 def _join(batches: Sequence[Tensor]) -> Tensor:

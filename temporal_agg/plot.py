@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .aggregators import Aggregator, Details
-from .aggregators.base import MapKind
+from .aggregators import Aggregator, Details, MapKind
 from .data import ClipTransform, Tracklet, check_flow
 from .inference import embed_tracklets
 from .retrieval.evaluate import ranked_gallery
@@ -297,8 +296,8 @@ def _clips(model: "TrackletModel | Details", tracklet: Tracklet | Sequence[Tenso
 
 
 def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tensor, finer: bool) -> _Clip:
-    config, device = model.data_config, next(model.parameters()).device
-    transform = ClipTransform(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])
+    device = next(model.parameters()).device
+    transform = ClipTransform.for_model(model)
     frames = tracklet.load(indices)
     flow = None
     if getattr(model.encoder, "uses_flow", False):
@@ -307,21 +306,14 @@ def _run(model: "TrackletModel", tracklet: Tracklet, indices: Tensor, mask: Tens
     made = transform(frames, flow=flow)
     inputs = (made,) if isinstance(made, Tensor) else made
     batches = zip(*(x.to(device).split(ENCODE) for x in inputs), strict=True)
-    features, images = zip(*(_frame_features(model, *batch) for batch in batches), strict=True)
+    features, images = zip(*(model.frame_features(*batch) for batch in batches), strict=True)
     clip = (torch.cat(features)[None], mask[None].to(device))
     clip_images = None if images[0] is None else torch.cat(images)[None]
     if finer:
         details = model.aggregator.inspect(*clip, frames=clip_images)
     else:
-        details = model.aggregator(*clip, frames=clip_images, return_details=True)
-    return _Clip(indices.numpy(), details._replace(supervised={}), tuple(config["input_size"][1:]))
-
-
-def _frame_features(model: "TrackletModel", frames: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """What the aggregator reads of each frame."""
-    features = model.encode_frames(frames, flow)
-    needs = model.aggregator
-    return features if needs.needs_maps else features.mean((2, 3)), frames if needs.needs_frames else None
+        details = model.aggregate(*clip, images=clip_images, return_details=True)
+    return _Clip(indices.numpy(), details._replace(supervised={}), tuple(model.data_config["input_size"][1:]))
 
 
 def _model(model: "TrackletModel") -> "TrackletModel":
@@ -378,7 +370,7 @@ class _Map:
             low, high = self.count * float(x.min()), self.count * float(x.max())
             off = max(1 - low, high - 1)
             says = (
-                f"uniform to within {100 * off:.2g} %" if off <= UNIFORM else f"{low:.2g} to {high:.2g} times uniform"
+                f"uniform to within {100 * off:.2g} %" if off <= UNIFORM else f"{low:.2f} to {high:.2f} times uniform"
             )
             self.relative = np.log2((self.count * x).clip(1 / CAP, CAP))
             bottom, top = -np.log2(CAP), np.log2(CAP)
@@ -508,7 +500,7 @@ class _Page:
             if stripes:
                 x0, x1, y0, y1 = boxes[0]
                 top, bottom = (y1 - (y1 - y0) * k / stripes for k in (n, n + 1))
-                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color=f"C{n}", linewidth=2)
+                axes.plot([x0, x1, x1, x0, x0], [top, top, bottom, bottom, top], color="#ff3b30", linewidth=1.5)
             axes.set(xlim=(0, self.width), ylim=(0, self.tall))
             self.y += self.tall
 

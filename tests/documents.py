@@ -15,7 +15,7 @@ from temporal_agg import cli
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {  # a script that is not here takes no argument
-    "recipes/benchmarks/benchmark.py": "parse",
+    "recipes/benchmarks/speed.py": "parse",
     "recipes/compute_flow.py": "arguments",
     "recipes/evaluate.py": "parse",
     "recipes/benchmarks/study.py": "parse",
@@ -67,7 +67,9 @@ def check(words: list[str]) -> None:
         cli.parse(words[1:])
     elif found := script_of(words):
         script, arguments = found
-        if script in PARSERS:
+        if script == "temporal-agg":  # torchrun --no-python
+            cli.parse(arguments)
+        elif script in PARSERS:
             getattr(load(script), PARSERS[script])(arguments)
         elif arguments or not (ROOT / script).is_file():
             raise ValueError(f"no script {script}, or arguments for one that is not in PARSERS: {shlex.join(words)}")

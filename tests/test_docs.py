@@ -17,7 +17,7 @@ from temporal_agg.aggregators import registry
 
 DOCS = documents.ROOT / "docs"
 KINDS = ("py:class", "py:exception", "py:function", "py:module")
-SLOW = ("recipes/benchmarks/benchmark.py", "recipes/benchmarks/study.py")
+SLOW = ("recipes/benchmarks/speed.py", "recipes/benchmarks/study.py")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(documents.blocks(page))]
 
 # Torch's own compiler and exporter import modules that warn about each other.

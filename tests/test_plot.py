@@ -11,8 +11,18 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 import temporal_agg
-from temporal_agg import Aggregator, ClipConfig, Details, Tracklet, TrackletModel, create_aggregator, evaluate, plot
-from temporal_agg.aggregators.base import AXES, VALUES, MapKind
+from temporal_agg import (
+    Aggregator,
+    ClipConfig,
+    Details,
+    MapKind,
+    Tracklet,
+    TrackletModel,
+    create_aggregator,
+    evaluate,
+    plot,
+)
+from temporal_agg.aggregators.base import AXES, VALUES
 from temporal_agg.retrieval.evaluate import ranked_gallery
 
 C = 8
@@ -373,7 +383,7 @@ def test_weights_of_frames_stand_side_by_side():
         ("signed", [2.0, 2.01, 2.02, 2.0], (-2.02, 2.02), "no structure, 2 to within 0.01"),
         ("amount", [1.0, 4.0, 2.0, 3.0], (0, 4), "1 to 4"),
         ("amount", [0.0, 0.0, 0.0, 0.0], (0, 1), "no structure, 0 to within 0"),
-        ("share", [0.7, 0.1, 0.1, 0.1], (-2, 2), "0.4 to 2.8 times uniform"),
+        ("share", [0.7, 0.1, 0.1, 0.1], (-2, 2), "0.40 to 2.80 times uniform"),
         ("share", [0.26, 0.24, 0.25, 0.25], (-2, 2), "uniform to within 4 %"),
     ],
 )

@@ -77,9 +77,9 @@ def rerank(
             half = reciprocal(candidate, round(k1 / 2))
             if 3 * len(np.intersect1d(half, neighbours)) > 2 * len(half):
                 expanded.append(half)
-        expanded = np.unique(np.concatenate(expanded))
-        weight = np.exp(-distance[item, expanded])
-        encoding[item, expanded] = weight / weight.sum()
+        members = np.unique(np.concatenate(expanded))
+        weight = np.exp(-distance[item, members])
+        encoding[item, members] = weight / weight.sum()
     if k2 > 1:
         mean = np.zeros_like(encoding)
         for item in range(N):

@@ -130,14 +130,17 @@ def test_what_does_not_agree_is_refused(publish, run):
 
 def test_places_of_the_trainers_machine_are_taken_out(publish):
     settings = {"data": "mars", "root": "/data/my mars", "out": "/home/me/runs", "init": "/home/me/runs/a/stage1"}
-    command = "/home/me/agg/recipes/train.py --config recipes/configs/grl_mars.yaml --root /data/my mars"
+    command = "/home/me/agg/recipes/train.py --config grl.yaml --root /data/my mars"
     environment = {"command": command, "processes": 4}
     found = {"settings": settings, "environment": environment, "flow_root": "/home/alice/flow"}
     got = publish.without_paths(found, found, Path("/home/me/runs/a"))
     assert got["flow_root"] == "<path>/flow"
     assert got["settings"] == {"data": "mars", "root": "<root>", "out": "<out>", "init": "<out>/a/stage1"}
-    expected = "torchrun --nproc_per_node 4 recipes/train.py --config recipes/configs/grl_mars.yaml --root <root>"
+    expected = "torchrun --nproc_per_node 4 recipes/train.py --config grl.yaml --root <root>"
     assert publish.command_of(got["environment"]) == expected
+    study = {"command": "../agg/recipes/benchmarks/study.py --seeds 2", "processes": 1}
+    assert publish.command_of(study) == "python recipes/benchmarks/study.py --seeds 2"
+    assert publish.command_of({**study, "command": "train.py --lr 1"}) == "python recipes/train.py --lr 1"
 
 
 @pytest.mark.parametrize("root", ["data", ".", "/data"])
@@ -149,6 +152,29 @@ def test_a_place_is_taken_out_where_it_is_one(publish, root):
     assert got["settings"] == {"data": "folder:<root>", "root": "", "out": "<out>", "lr": "0.001"}
     assert got["command"] == "train.py --data folder:<root> --lr 0.001 --data-options a=data.csv"
     assert (got["map"], got["see"]) == (0.5, ["https://a.org/b", "<root>/train/1"])
+
+
+def test_a_release_of_something_else_is_not_written_over(publish, run, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("precious")
+    with pytest.raises(SystemExit, match=r"mine holds README\.md of something else"):
+        publish.main([str(run), "--dry-run", "--out", str(out)])
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"README.md": "precious"}
+    release = publish.main([str(run), "--dry-run"])
+    assert publish.main([str(run), "--dry-run"]) == release  # of the same run
+    settings = json.loads((run / "settings.json").read_text())
+    settings["settings"]["lr"] = 0.5
+    (run / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="of something else: choose another --out"):
+        publish.main([str(run), "--dry-run"])
+
+
+@pytest.mark.parametrize(("name", "content"), [("settings.json", "{"), ("metrics.json", "[]"), ("config.json", "5")])
+def test_a_damaged_file_is_named(publish, run, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(SystemExit, match=name):
+        publish.main([str(run), "--dry-run"])
 
 
 @pytest.mark.parametrize("name", ["loga", "star", "gsta", "gltr_released", "fgra", "grl_released", "mean"])

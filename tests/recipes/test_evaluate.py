@@ -103,6 +103,39 @@ def test_embeddings_are_used_again_only_for_the_same_model_frames_and_settings(r
     assert again(*options)
 
 
+def test_the_key_of_embeddings_changes_with_options_that_have_no_weights(recipe):
+    """Two aggregators without parameters, and two options, on one backbone."""
+    fingerprint = recipe("evaluate").fingerprint
+    tracklets = data.open_dataset("synthetic", num_identities=4, num_cameras=2, length=[3, 5]).query
+    names = [
+        ("mean_resnet10t", {}),
+        ("max_resnet10t", {}),
+        ("gltr_resnet10t", {}),
+        ("gltr_resnet10t", {"normalize": "none"}),
+    ]
+    keys = []
+    for name, options in names:
+        torch.manual_seed(0)
+        keys.append(fingerprint(temporal_agg.create_model(name, img_size=(32, 16), **options), tracklets))
+        torch.manual_seed(0)
+        assert keys[-1] == fingerprint(temporal_agg.create_model(name, img_size=(32, 16), **options), tracklets)
+    assert len(set(keys)) == len(keys)
+
+
+def test_tensors_on_disk_are_checked(recipe, tmp_path):
+    common, file = recipe("common"), tmp_path / "x.safetensors"
+    common.write_tensors(file, {"a": torch.arange(64.0)})
+    assert torch.equal(common.read_tensors(file)["a"], torch.arange(64.0))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.safetensors is damaged: .* another checksum"):
+        common.read_tensors(file)
+    file.write_bytes(content[:50])
+    with pytest.raises(ValueError, match=r"x.safetensors is damaged"):
+        common.read_tensors(file)
+
+
 def test_several_splits_are_a_mean_and_a_deviation(recipe, tmp_path, capsys):
     root = make_prid2011(tmp_path / "data", people=4, frames=22)
     options = ["--data", f"prid-2011:{root}", "--split", "all", "--device", "cpu", "--out", str(tmp_path / "runs")]

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ CASES += [("grl", {"directions": ["backward"], "parts": ["global", "mean", "memo
 
 
 @pytest.fixture
-def benchmark(recipe, monkeypatch):
-
-    return recipe("benchmark")
+def benchmark(recipe):
+    """The parts of speed.py under one name."""
+    parts = [vars(recipe(name)) for name in ("measuring", "of_models", "of_retrieval", "results_of_speed", "speed")]
+    return SimpleNamespace(**{key: value for part in parts for key, value in part.items()})
 
 
 def build(name, options):
@@ -58,9 +60,7 @@ def test_the_literal_form_is_the_aggregator(benchmark, name, options, train):
     aggregator, features, frames = build(name, options)
     literal = benchmark.literal
     if not literal.exists(aggregator):
-        pytest.skip(
-            f"{name} has no literal form in recipes/benchmarks/literal.py: the benchmark leaves that column empty"
-        )
+        pytest.skip(f"{name} has no literal form in literal.py: the benchmark leaves that column empty")
     other = copy.deepcopy(aggregator).train(train)
     got = run(aggregator.train(train), aggregator, features, frames)
     want = run(lambda x, frames: literal.FORMS[name](other, x, frames), other, features, frames)
@@ -247,7 +247,7 @@ def test_peak_memory_of_retrieval(benchmark):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: aggregators | retrieval"),
+        ([], "required: embed | train | aggregators | retrieval | search | all | compare | page"),
         (["retrieval", "--sizes", "100x"], "--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got '100x'"),
         (["retrieval", "--structure", "blobs"], "invalid choice: 'blobs'"),
         (["aggregators", "--names", ""], "pass --names or --systems"),

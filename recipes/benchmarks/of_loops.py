@@ -1,0 +1,120 @@
+"""What embedding and training cost, against nothing but the network."""
+
+import argparse
+import copy
+import inspect
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+import train
+from measuring import Call, heading, milliseconds, result_of, row_of, synchronize
+from settings import Settings
+
+import temporal_agg
+from temporal_agg import data
+
+
+def drawn(args: argparse.Namespace, count: int, frames: int) -> list[data.Tracklet]:
+    """Tracklets in memory, of noise."""
+    height, width = common.image_size(args.size)
+    rng = np.random.default_rng(0)
+    return [
+        data.Tracklet(list(rng.integers(0, 256, (frames, height, width, 3), np.uint8)), i // 2, i % 2, str(i))
+        for i in range(count)
+    ]
+
+
+def fastest(model: temporal_agg.TrackletModel) -> temporal_agg.TrackletModel:
+    """With its weights in the memory format that suits the backbone."""
+    model.encoder.to(memory_format=model.encoder.memory_format)
+    return model
+
+
+def embed_command(args: argparse.Namespace) -> dict:
+    """Whole tracklets by embed_tracklets, against the backbone alone on frames that are there already."""
+    torch.set_num_threads(args.threads)
+    tracklets = drawn(args, args.tracklets, args.frames)
+    count, rows = args.tracklets * args.frames, []
+    for name in args.models:
+        print(f"time: embed {name}", file=sys.stderr, flush=True)
+        model = temporal_agg.create_model(f"mean_{name}", img_size=common.image_size(args.size)).eval().to(args.device)
+        options: dict[str, Any] = {"frames_per_batch": args.frames_per_batch, "device": args.device, "progress": False}
+        works = {"ours": Call(partial(temporal_agg.embed_tracklets, model, tracklets, **options))}
+        bare = fastest(copy.deepcopy(model)).encoder
+        frames = torch.randn(count, 3, *common.image_size(args.size), device=args.device)
+        works["backbone"] = Call(partial(alone, bare, frames.split(args.frames_per_batch)))
+        if "precision" in inspect.signature(temporal_agg.embed_tracklets).parameters and args.half:
+            half = partial(temporal_agg.embed_tracklets, model, tracklets, precision=args.half, **options)
+            works[args.half] = Call(half)
+        rows.append(row_of(f"mean_{name}", milliseconds(works, False, args), frames=count))
+    result = result_of("embed", args, rows)
+    print(heading(result))
+    lines = [["", *(f"{form}, frames/s" for form in rows[0]["ms"]), "of the backbone"]]
+    for row in rows:
+        speeds = [f"{1000 * row['frames'] / ms:.1f}" for ms in row["ms"].values()]
+        lines.append([row["name"], *speeds, f"{row['speedup']['backbone']:.1%}"])
+    print(common.layout(lines))
+    return result
+
+
+@torch.inference_mode()
+def alone(encoder: torch.nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    for batch in batches:
+        encoder(batch)
+
+
+def train_command(args: argparse.Namespace) -> dict:
+    """Steps of train.py (loader, transfer, bookkeeping) against a bare loop over batches that are there already."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.models:
+        print(f"time: train {name}", file=sys.stderr, flush=True)
+        tracklets = drawn(args, 2 * args.identities * args.steps, args.frames)
+        dataset = data.TrackletData(tracklets, tracklets[:4], tracklets[:4], name="noise")
+        accelerator = common.accelerator_of(args.device)
+        settings = Settings(
+            model=f"mean_{name}", size=args.size, identities=args.identities, clip_length=args.frames, warmup=0.0,
+            epochs=args.repeats + 1, workers=args.workers, eval_untrained=False, save_every=10**9,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            job = train.prepare(Path(folder), dataset, settings, accelerator, False)
+            job.loader.batch_sampler.sampler.set_epoch(0)
+            batches = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in job.loader]
+            bare: list[float] = []
+            for _ in range(args.repeats + 1):
+                synchronize(args)
+                start = time.perf_counter()
+                bare_loop(job, batches)
+                synchronize(args)
+                bare.append(1000 * (time.perf_counter() - start) / len(batches))
+            train.run_epochs(job)
+        ends = [entry["train_seconds"] for entry in job.progress["history"]]
+        ours = [1000 * (end - start) / len(batches) for start, end in itertools.pairwise(ends)]
+        frames = 2 * args.identities * args.frames
+        rows.append(row_of(f"mean_{name}", {"ours": ours, "bare": bare[1:]}, frames=frames))
+    result = result_of("train", args, rows)
+    print(heading(result))
+    lines = [["", "a step, ms", "of a bare loop, ms", "speed of the bare loop"]]
+    for row in rows:
+        ms = row["ms"]
+        lines.append([row["name"], f"{ms['ours']:.1f}", f"{ms['bare']:.1f}", f"{row['speedup']['bare']:.1%}"])
+    print(common.layout(lines))
+    return result
+
+
+def bare_loop(job: train.Training, batches: list[dict]) -> None:
+    job.wrapped.train()
+    for batch in batches:
+        details = job.wrapped(batch["clip"], None, return_details=True)
+        job.criterion(details, batch["label"])["loss"].backward()
+        job.optimizer.step()
+        job.optimizer.zero_grad()

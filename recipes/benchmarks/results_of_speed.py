@@ -1,0 +1,139 @@
+"""Results of speed.py: two of them compared, and the page of the documentation that shows one."""
+
+import math
+import statistics
+from pathlib import Path
+
+import common
+
+from temporal_agg.files import read_json
+
+# What ours is held against, by part: a ratio in one run says more than a time, as the machine cancels.
+AGAINST = ("literal", "numpy", "backbone", "bare", "product", "mean")
+CHANGE = 1.05  # a median that grew by less is no news
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
+
+
+def read(file: Path) -> dict[str, dict]:
+    """The parts of a file that speed.py wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file; the message names it.
+    """
+    content = read_json(file)
+    parts = content.get("parts", {content.get("part"): content})
+    try:
+        for part, result in parts.items():
+            if not isinstance(part, str) or not isinstance(result["environment"]["torch"], str):
+                raise TypeError("a part without a name or an environment")
+            for _, times in timings(part, result):
+                if not all(times.values()) or not all(common.is_number(t) for some in times.values() for t in some):
+                    raise TypeError("times that are none")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result of speed.py (--out): {error!r}.") from error
+    return parts
+
+
+def timings(part: str, result: dict) -> list[tuple[str, dict[str, list[float]]]]:
+    """All times by form, under a name that says what was measured."""
+    found = []
+    for row in result["rows"]:
+        size = f", {row['queries']} x {row['gallery']}" if "queries" in row else ""
+        modes = {"": row} if "all_ms" in row else {f", {key}": of for key, of in row.items() if isinstance(of, dict)}
+        found += [(f"{part}: {row['name']}{size}{mode}", of["all_ms"]) for mode, of in modes.items() if "all_ms" in of]
+    return found
+
+
+def relative(times: dict[str, list[float]]) -> tuple[str, list[float]]:
+    """Our times as multiples of the median of what they are held against."""
+    against = next((form for form in AGAINST if form in times), None)
+    unit = statistics.median(times[against]) if against else 1.0
+    return against or "ms", [ms / unit for ms in times["ours"]]
+
+
+def compare(old: dict[str, dict], new: dict[str, dict]) -> list[tuple[str, str, float, float, bool]]:
+    """What both files measured: its name, what it is held against, both medians, and whether it became slower.
+
+    Slower means beyond the noise: the median grew by more than 5 %, and three quarters of the new runs took longer than
+    three quarters of the old ones.
+    """
+    before = dict(pair for part, result in old.items() for pair in timings(part, result))
+    rows = []
+    for part, result in new.items():
+        for name, times in timings(part, result):
+            if name not in before:
+                continue
+            (unit, a), (other, b) = relative(before[name]), relative(times)
+            if unit != other:
+                continue
+            grew = statistics.median(b) > CHANGE * statistics.median(a)
+            slower = grew and quantile(b, 0.25) > quantile(a, 0.75)
+            rows.append((name, unit, statistics.median(a), statistics.median(b), slower))
+    return rows
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, math.floor(q * len(values)))]
+
+
+def table(rows: list[tuple[str, str, float, float, bool]]) -> str:
+    lines = [["measured", "against", "before", "now", "now / before", ""]]
+    for name, unit, a, b, slower in rows:
+        lines.append([name, unit, f"{a:.3f}", f"{b:.3f}", f"{b / a:.2f}", "slower" if slower else ""])
+    return common.layout(lines)
+
+
+TITLES = {
+    "embed": "Embedding: `embed_tracklets` against the bare backbone, frames a second",
+    "train": "Training: a step of `recipes/train.py` against a bare loop, milliseconds",
+    "aggregators": "Aggregators against mean pooling and the papers' formulas taken literally, milliseconds",
+    "retrieval": "Distances, evaluation, re-ranking against plain numpy, milliseconds",
+    "search": "Search against the matrix product alone, milliseconds",
+}
+
+
+def page(parts: dict[str, dict]) -> str:
+    """The page in Markdown."""
+    about = next(iter(parts.values()))["environment"]
+    loads = [result["environment"].get("load") for result in parts.values()]
+    load = max((load for load in loads if load is not None), default=None)
+    busy = "" if load is None else f" Load of the machine before a part began: at most {load:.1f}."
+    text = f"""# Speed
+
+Made from `recipes/benchmarks/results/speed.json`, which `python recipes/benchmarks/speed.py all` writes: every number
+of one table comes from one run, in which what is compared takes turns. Ratios carry over to other machines, times do
+not.
+
+{about["device"]}, {about["threads"]} threads, Python {about["python"]}, torch {about["torch"]}, timm {about["timm"]},
+numpy {about["numpy"]}.{busy}
+
+```bash
+python recipes/benchmarks/speed.py all --out mine.json
+python recipes/benchmarks/speed.py compare recipes/benchmarks/results/speed.json mine.json      # names what is slower
+```
+"""
+    for part, title in TITLES.items():
+        if part in parts:
+            text += f"\n## {title}\n\n{markdown(part, parts[part])}\n"
+    return text
+
+
+def markdown(part: str, result: dict) -> str:
+    rows, settings = timings(part, result), result["settings"]
+    forms = list(dict.fromkeys(form for _, times in rows for form in times))
+    lines = [["", *forms, "ours against"]]
+    for name, times in rows:
+        median = {form: statistics.median(values) for form, values in times.items()}
+        frames = settings["tracklets"] * settings["frames"] if part == "embed" else 0
+        cells = [
+            f"{1000 * frames / median[form]:.1f}" if frames else f"{median[form]:.2f}" if form in median else ""
+            for form in forms
+        ]
+        unit, ours = relative(times)
+        ratio = statistics.median(ours)
+        how = f"{1 / ratio:.1%} of its speed" if part in ("embed", "train") else f"{ratio:.2f} x"
+        lines.append([name.partition(": ")[2], *cells, f"{unit}: {how}"])
+    body = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in body)

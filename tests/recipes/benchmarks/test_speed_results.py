@@ -1,0 +1,71 @@
+"""Files of results: what became slower is named, noise is not, and the page shows the file that is kept."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def results(recipe):
+    return recipe("results_of_speed")
+
+
+def part(**rows):
+    """A result of retrieval: each row with times of ours and of numpy."""
+    made = [
+        {"name": name, "queries": 2, "gallery": 3, "all_ms": {"ours": ours, "numpy": numpy}}
+        for name, (ours, numpy) in rows.items()
+    ]
+    return {"part": "retrieval", "environment": {"torch": "2"}, "settings": {}, "rows": made}
+
+
+def file(tmp_path, name, content):
+    (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path / name
+
+
+def test_what_became_slower_is_named_and_noise_is_not(recipe, tmp_path, capsys):
+    numpy = [10.0, 10.0, 10.0]
+    old = part(distances=([5.0, 5.1, 5.2], numpy), evaluate=([5.0, 5.1, 5.2], numpy), rerank=([5.0, 6.0, 9.0], numpy))
+    # The whole machine is twice as slow; distances are slower beyond that; re-ranking within its noise.
+    numpy = [20.0, 20.0, 20.0]
+    new = part(
+        distances=([14.0, 14.1, 14.2], numpy), evaluate=([10.0, 10.2, 10.4], numpy), rerank=([11, 14, 17], numpy)
+    )
+    argv = [
+        "compare",
+        *(str(file(tmp_path, f"{k}.json", x)) for k, x in (("old", old), ("new", {"parts": {"retrieval": new}}))),
+    ]
+    assert recipe("speed").main(argv) == 1
+    out = capsys.readouterr().out
+    assert "1 of 3 became slower\n  retrieval: distances, 2 x 3" in out
+    assert recipe("speed").main(["compare", argv[1], argv[1]]) == 0
+    assert "0 of 3 became slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"parts": {"train": 5}}', '{"parts": {"train": {"rows": []}}}'])
+def test_a_file_that_is_no_result_is_named(recipe, tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"x\.json"):
+        recipe("speed").main(["compare", str(tmp_path / "x.json"), str(tmp_path / "x.json")])
+
+
+def test_only_a_result_is_written_over(recipe, tmp_path, capsys):
+    (tmp_path / "thesis.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        recipe("speed").parse(["search", "--out", str(tmp_path / "thesis.json")])
+    assert "would be written over" in capsys.readouterr().err
+    result = file(tmp_path, "result.json", part(distances=([1.0], [2.0])))
+    recipe("speed").parse(["search", "--out", str(result)])
+
+
+def test_files_without_anything_in_common_are_not_compared(recipe, tmp_path):
+    files = [file(tmp_path, f"{name}.json", part(**{name: ([1.0], [2.0])})) for name in ("distances", "rerank")]
+    with pytest.raises(SystemExit, match="have measured nothing that is the same"):
+        recipe("speed").main(["compare", *map(str, files)])
+
+
+def test_the_page_is_that_of_the_kept_file(results):
+    page = results.PAGE.read_text(encoding="utf-8")
+    assert page == results.page(results.read(results.RESULTS)), "run: python recipes/benchmarks/speed.py page"
+    assert all(f"\n## {title}\n" in page for title in results.TITLES.values())
