@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-
 ENVIRONMENT = {"device": "a", "threads": 4, "python": "3.12", "torch": "2", "timm": "1", "numpy": "2", "load": 0.5}
 
 
