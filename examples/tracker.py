@@ -34,10 +34,7 @@ class TrackletDistance:
     def __init__(self, model: TrackletModel):
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        config = model.data_config
-        self.transform = data.ClipTransform(
-            config["input_size"][1:], config["mean"], config["std"], config["interpolation"]
-        )
+        self.transform = data.ClipTransform.for_model(model)
         self.known = WeakKeyDictionary()  # track -> its newest detection, its embedding then
 
     @torch.inference_mode()
@@ -50,9 +47,7 @@ class TrackletDistance:
         if not seen.any():
             return []
         crops = [torch.from_numpy(frame[y1:y2, x1:x2].copy()).permute(2, 0, 1) for x1, y1, x2, y2 in corners[seen]]
-        maps = self.model.encode_frames(self.transform(crops).to(self.device))
-        if not self.model.aggregator.needs_maps:
-            maps = maps.mean((2, 3))
+        maps, _ = self.model.frame_features(self.transform(crops).to(self.device))
         return [Detection(box.reshape(2, 2), embedding=m) for box, m in zip(boxes[seen], maps, strict=True)]
 
     @torch.inference_mode()

@@ -125,7 +125,8 @@ def cut_tracklets(sources: list[Sequence], args: argparse.Namespace) -> list[Cut
             run = 0
             for before, box in zip([boxes[0], *boxes], boxes, strict=False):
                 run += box.frame - before.frame > args.max_gap
-                runs[(box.frame - start) * args.cameras // (end - start + 1), run].append(box)
+                period = (box.frame - start) * args.cameras // (end - start + 1)
+                runs[min(max(period, 0), args.cameras - 1), run].append(box)
             for (period, _), own in sorted(runs.items()):
                 kept = own[:: args.stride]
                 if len(kept) < args.min_length:

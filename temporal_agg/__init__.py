@@ -21,12 +21,14 @@ from .aggregators.gltr import DTP, GLTR, TSA
 from .aggregators.grl import EMU, GCE, GRL, TRL
 from .aggregators.gsta import GSTA, ConvLSTM
 from .aggregators.loga import GCQ, LAQ, LOGA
+from .aggregators.robust import biweight_mean, geometric_median, outlier_mask
 from .data import Tracklet
 from .export import export_onnx
 from .inference import embed_tracklets
 from .models import FrameEncoder, TrackletModel, create_model, list_models, load_weights
 from .models.star import LSTA
 from .retrieval import evaluate, rerank
+from .stream import TrackletStream, crop_embedder
 
 __all__ = [
     "DTP",
@@ -56,19 +58,24 @@ __all__ = [
     "TemporalAttention",
     "Tracklet",
     "TrackletModel",
+    "TrackletStream",
+    "biweight_mean",
     "create_aggregator",
     "create_criterion",
     "create_model",
+    "crop_embedder",
     "data",
     "embed_tracklets",
     "evaluate",
     "export_onnx",
+    "geometric_median",
     "list_aggregators",
     "list_criteria",
     "list_models",
     "load_weights",
     "losses",
     "masked",
+    "outlier_mask",
     "plot",
     "register_aggregator",
     "register_criterion",

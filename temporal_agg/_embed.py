@@ -153,7 +153,7 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
     """Changes with the names, sizes and times of a tracklet's files; also of its optical flow, if there is one."""
     digest = hashlib.sha256()
     files = [os.fspath(frame) for frame in tracklet.frames if not hasattr(frame, "shape")]
-    if flow and (beside := flow_file(files)).is_file():
+    if flow and files and (beside := flow_file(files)).is_file():
         files.append(os.fspath(beside))
     for file in files:
         status = os.stat(file)
@@ -172,7 +172,7 @@ class Finished:
     to a file holds its lock; anybody may read it meanwhile.
 
     Args:
-        path: of the file; made if it is not there. None = kept in memory alone.
+        path: of the file; made with the first embedding. None = kept in memory alone.
         settings: what the embeddings depend on.
         restart: drop what is there if it was made with other settings.
 
@@ -186,18 +186,16 @@ class Finished:
     def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool):
         self.rows: dict[tuple[str, str], Tensor] = {}
         self.path = path
-        if path is None:
+        self.head = json.dumps(settings).encode() + b"\n"
+        if path is None or not path.is_file():
             return
+        before, self.rows, whole = _read_part(path)
+        if before != settings:
+            if self.rows and before is not None and not restart:
+                raise ValueError(_other_settings(path, before, settings))
+            self.rows, whole = {}, 0
         try:
-            before, self.rows, whole = _read_part(path)
-            if before is not None and before != settings:
-                if not restart:
-                    raise ValueError(_other_settings(path, before, settings))
-                before, self.rows, whole = None, {}, 0
-            with open(path, "ab") as file:
-                file.truncate(whole)
-                if before is None:
-                    file.write(json.dumps(settings).encode() + b"\n")
+            os.truncate(path, whole)
         except OSError as error:
             raise _naming(error, path) from error
 
@@ -212,7 +210,8 @@ class Finished:
         )
         try:
             with open(self.path, "ab") as file:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+                head = b"" if file.tell() else self.head
+                file.write(head + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         except OSError as error:
             raise _naming(error, self.path) from error
 
@@ -230,7 +229,7 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
         before, found, _ = _read_part(path)
         if before == settings:
             rows |= found
-        elif before is not None and not foreign:
+        elif before is not None and found and not foreign:
             raise ValueError(_other_settings(path, before, settings))
     return rows
 
@@ -248,7 +247,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str],
             for line in file:
                 if not line.endswith(b"\n"):
                     break  # its process was killed here, or is writing
-                content = json.loads(line)
+                content = json.loads(line.decode())
                 if before is None:
                     if not isinstance(content, dict) or "temporal-agg" not in content:
                         raise ValueError("it says nothing of temporal-agg")
@@ -417,8 +416,15 @@ class Parts:
     def remove(self) -> None:
         for path in self.all():
             path.unlink(missing_ok=True)
-        with suppress(Busy):
-            Parts(self.output, -1, 1).refuse_others()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Removes the locks that nobody holds."""
+        form = re.compile(r"\." + re.escape(self.output.name) + r"((\.\d+)?\.part)?\.lock")
+        for path in sorted(self.output.parent.iterdir()):
+            if form.fullmatch(path.name):
+                with suppress(Busy), locked(path, str(self.output)):
+                    pass
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

@@ -67,14 +67,24 @@ def run_embed(args: argparse.Namespace) -> None:
     parts, before = Parts(output, rank, world), stamp(output)
     check_kind(output)
     check_folder(output)
-    check_output(output, args.overwrite or args.append or bool(parts.all()))
+    allowed = args.overwrite or args.append or bool(parts.all())
+    if output.exists() and not allowed:
+        parts.sweep()
+    check_output(output, allowed)
     with parts.locked(parts.own):
         parts.refuse_others()
         job = prepare(args.folder, args.model, args)
-        finished = Finished(parts.own, job.settings, args.overwrite)
-        done = read_finished(parts.all(), job.settings, args.overwrite)
         gallery = read_embeddings(output) if args.append and output.is_file() else None
         new = range(len(job.keys)) if gallery is None else not_in(gallery, job, output)
+        ended = before is not None and not args.overwrite and not args.append  # and killed before its parts were gone
+        if ended and not holds(output, job):
+            raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
+        finished = Finished(parts.own, job.settings, args.overwrite)
+        done = read_finished(parts.all(), job.settings, args.overwrite)
+        if ended:
+            parts.remove()
+            say(f"{output} is complete already.")
+            return
         missing = [i for i in new if job.keys[i] not in done]
         if len(missing) < len(new):
             say(f"{parts.own}: {len(new) - len(missing)} of {len(new)} tracklets are embedded already.")
@@ -96,14 +106,16 @@ def not_in(gallery: Embeddings, job: Job, output: Path) -> list[int]:
     return [i for i, (name, _) in enumerate(job.keys) if name not in have]
 
 
+def holds(output: Path, job: Job) -> bool:
+    """Whether a file has all tracklets of a folder, embedded by the same model."""
+    found = read_embeddings(output)
+    have = set(zip(found.names, found.frames or [""] * len(found.names), strict=True))
+    return job.fingerprint == found.fingerprint and have.issuperset(job.keys)
+
+
 def joined(output: Path, before: tuple[int, int] | None, job: Job) -> bool:
     """Whether another process of the same run has written the output since this one began."""
-    if stamp(output) in (before, None):
-        return False
-    found = read_embeddings(output)
-    return job.fingerprint == found.fingerprint and set(job.keys) <= set(
-        zip(found.names, found.frames or (), strict=False)
-    )
+    return stamp(output) not in (before, None) and holds(output, job)
 
 
 def join(
@@ -274,6 +286,7 @@ def run_index(args: argparse.Namespace) -> None:
     exact = retrieval.search(queries, gallery.embeddings, k, gallery.distance).indices
     got = retrieval.search_index(index, queries, k).indices
     recall = (exact[:, :, None] == got[:, None]).any(2).float().mean()
+    check_output(args.output, args.overwrite, args.gallery)  # again: this may have taken a while
     retrieval.save_index(index, args.output)
     say(f"{args.output}: {len(gallery.names)} tracklets; of the {k} nearest of {len(rows)} it finds {recall:.1%}.")
 
@@ -303,18 +316,19 @@ def run_merge(args: argparse.Namespace) -> None:
     for path, part in zip(args.files, parts, strict=True):
         check_comparable(args.files[0], parts[0], path, part.model, part.fingerprint)
     found = merge_embeddings(*parts)
-    if args.overwrite:
-        write_embeddings(args.output, found)
-    else:
-        save(args.output, False, lambda temporary: write_embeddings(temporary, found))
+    check_output(args.output, args.overwrite, *args.files)  # again: this may have taken a while
+    write_embeddings(args.output, found)
     say(f"{args.output}: {len(found.names)} embeddings of {len(parts)} files.")
 
 
 def run_link(args: argparse.Namespace) -> None:
     if args.sheet is not None and not args.folder:
         raise ValueError("--sheet shows the frames: pass --folder, the folder that was embedded.")
-    check_folder(args.sheet)
-    check_output(args.output, args.overwrite, args.gallery, *args.folder)
+    inputs = args.gallery, *args.folder
+    check_output(args.sheet, True, *inputs)  # another page that is there is looked at when the new one is made
+    check_output(args.output, args.overwrite, *inputs)
+    if args.sheet is not None and args.sheet.resolve() == args.output.resolve():
+        raise ValueError(f"-o and --sheet are both {args.output}: choose another name for one of them.")
     gallery = read_embeddings(args.gallery)
     threshold = args.threshold
     if threshold is None and gallery.distance != "cosine":
@@ -326,10 +340,8 @@ def run_link(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{args.gallery} does not know the number of every tracklet's first frame: embed it again."
             )
-        times = {"start": gallery.start, "end": gallery.end}
-    people = retrieval.link(
-        gallery.embeddings, threshold, metric=gallery.distance, cameras=gallery.cameras, **times
-    ).tolist()
+        times = {"cameras": gallery.cameras, "start": gallery.start, "end": gallery.end}
+    people = retrieval.link(gallery.embeddings, threshold, metric=gallery.distance, **times).tolist()
     if args.sheet is not None:
         tracklets = tracklets_named(gallery.names, args.folder)
         save(args.sheet, args.overwrite, lambda temporary: retrieval.contact_sheet(temporary, tracklets, people))
@@ -402,6 +414,7 @@ def check_output(output: Path | None, overwrite: bool, *inputs: Path | str | Non
     if output is None:
         return
     check_folder(output)
+    sweep(output.parent, output.name)
     if output.exists():
         for source in filter(None, inputs):
             path = Path(expanded(str(source)).removeprefix("local-dir:"))
@@ -409,7 +422,6 @@ def check_output(output: Path | None, overwrite: bool, *inputs: Path | str | Non
                 raise ValueError(f"the output {output} is an input, or part of one ({source}): choose another name.")
         if not overwrite:
             raise FileExistsError(f"{output} is there already: choose another name, or pass --overwrite.")
-    sweep(output.parent, output.name)
 
 
 def save(path: Path, overwrite: bool, write: Callable[[Path], object]) -> None:

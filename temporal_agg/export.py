@@ -5,10 +5,11 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ._files import replace_file
+from ._files import locked, replace_file
 from ._version import __version__
 from .aggregators import Aggregator
 from .aggregators.registry import registry_entry
@@ -17,6 +18,7 @@ from .models.config import describe
 
 __all__ = ["export_onnx"]
 
+OLDEST = (2, 9)  # of torch
 LIMIT = 2**31 - 2**24  # bytes that one ONNX file can hold, less some for the graph
 
 
@@ -60,12 +62,16 @@ def export_onnx(
         frame_size: height and width of the images, for an aggregator alone that reads them.
 
     Raises:
-        ImportError: the extra ``export`` is not installed.
+        ImportError: the extra ``export`` is not installed, or torch is older than 2.9.
+        OSError: another process writes the same file.
         FileNotFoundError: the folder does not exist.
         TypeError: neither a model nor an aggregator.
         ValueError: a length or size that does not fit, or more than 2 GB of weights, which one file cannot hold.
         RuntimeError: the model cannot be exported, or its file computes something else. The cause is attached.
     """
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < OLDEST:
+        raise ImportError(f"ONNX files need torch >= 2.9, got {torch.__version__}: pip install -U torch torchvision.")
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -90,7 +96,7 @@ def export_onnx(
     dims = {0: torch.export.Dim("batch", min=1)}
     if length is None:
         dims[1] = torch.export.Dim("length", min=1)
-    frozen = copy.deepcopy(model).float().cpu().eval()
+    frozen: Any = copy.deepcopy(model).float().cpu().eval()
     for module in frozen.modules():
         if hasattr(module, "fused_attn"):  # timm's switch; torch's exporter does not know all the shapes that it takes
             module.fused_attn = False
@@ -105,7 +111,7 @@ def export_onnx(
                 dynamic_shapes=dict.fromkeys(tensors, dims),
                 strict=False,
             )
-        onnx_program = torch.onnx.export(
+        onnx_program: Any = torch.onnx.export(
             program,
             input_names=list(tensors),
             output_names=["embedding"],
@@ -120,9 +126,9 @@ def export_onnx(
         (got,) = session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()})
         with torch.no_grad():
             want = frozen(**tensors)
-        error = float((torch.from_numpy(got) - want).norm() / want.norm().clamp(min=1e-6))
-        if not error < 1e-3:
-            raise ArithmeticError(f"onnxruntime's embeddings differ from torch's by {error:.1%}")
+        difference = float((torch.from_numpy(got) - want).norm() / want.norm().clamp(min=1e-6))
+        if not difference < 1e-3:
+            raise ArithmeticError(f"onnxruntime's embeddings differ from torch's by {difference:.1%}")
     except Exception as error:
         free = " A fixed length may help: clip_length=..." if length is None else ""
         raise RuntimeError(
@@ -131,7 +137,8 @@ def export_onnx(
             "take sizes from x.shape (len(x) would be fixed in the file), and let no data decide what is computed."
         ) from error
 
-    replace_file(path, lambda temporary: temporary.write_bytes(content))
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]], batch: int, length: int, mask: bool) -> dict[str, torch.Tensor]:
@@ -148,7 +155,7 @@ def _tensors(shapes: dict[str, tuple[int, ...]], batch: int, length: int, mask: 
 
 def _length(model: TrackletModel | Aggregator, wanted: int | None) -> int | None:
     """The clip length of the file; None = any."""
-    aggregator = model.aggregator if isinstance(model, TrackletModel) else model
+    aggregator, clip = (model.aggregator, model.clip) if isinstance(model, TrackletModel) else (model, None)
     fixed = aggregator.clip_length
     if wanted is not None:
         if wanted < 1 or fixed not in (None, wanted):
@@ -157,8 +164,8 @@ def _length(model: TrackletModel | Aggregator, wanted: int | None) -> int | None
         return wanted
     if fixed is not None or not aggregator.is_recurrent:
         return fixed
-    if aggregator is not model:
-        return model.clip.length
+    if clip is not None:
+        return clip.length
     if aggregator.config is None:
         raise ValueError(f"{type(aggregator).__name__} is recurrent: say for which clip_length the file shall be.")
     return registry_entry(aggregator.config["name"]).clip.length

@@ -36,27 +36,6 @@ LONG_RUN = 10  # seconds: runs that take longer say where the time went
 
 _logger = logging.getLogger(__name__)
 
-if not hasattr(ClipTransform, "for_model"):  # TO DELETE AT MERGE: the data owner's ClipTransform has all of it
-
-    class ClipTransform(ClipTransform):  # type: ignore[no-redef]
-        @classmethod
-        def for_model(cls, model):
-            c = model.data_config
-            return cls(c["input_size"][1:], c["mean"], c["std"], c["interpolation"])
-
-        def resize(self, frames):
-            from torchvision.transforms.v2 import functional as F
-
-            return torch.stack(
-                [F.resize(f, self.resized, interpolation=self.interpolation, antialias=True) for f in frames]
-            )
-
-        def resize_flow(self, flow):
-            return torch.stack([self._resize_flow(f) for f in flow])
-
-        def normalize(self, x):
-            return x.float().sub_(self.mean.float().to(x.device)).div_(self.std.float().to(x.device))
-
 
 def embed_tracklets(
     model: "TrackletModel",
@@ -67,6 +46,7 @@ def embed_tracklets(
     device: str | torch.device | None = None,
     progress: bool = True,
     num_workers: int | None = None,
+    reject_outliers: bool = False,
 ) -> Tensor:
     """Embeds whole tracklets, cut into clips as ``model.clip`` says.
 
@@ -76,11 +56,11 @@ def embed_tracklets(
     be, is handed to the aggregator piece by piece where it can take that (``supports_streaming``): its features are
     then never all there.
 
-    Threads read the frames ahead, while the backbone runs; they start no process and use no shared memory. Frames travel
-    as bytes and are normalised on the device, in the memory format that is fastest for the backbone; the weights are not
-    touched. Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode, without
-    gradients, and gets back the mode that it had. A run of more than 10 seconds logs, at the level INFO, how many frames
-    a second it made and how much of the time it waited for frames.
+    Threads read the frames ahead, while the backbone runs; they start no process and use no shared memory. Frames
+    travel as bytes and are normalised on the device, in the memory format that is fastest for the backbone; the weights
+    are not touched. Optical flow is read for an encoder that has a stem for it. The model runs in evaluation mode,
+    without gradients, and gets back the mode that it had. A run of more than 10 seconds logs, at the level INFO, how
+    many frames a second it made and how much of the time it waited for frames.
 
     Args:
         model: turns clips into embeddings.
@@ -95,6 +75,9 @@ def embed_tracklets(
         progress: shows a bar on a terminal if tqdm is installed.
         num_workers: threads that read frames; 0 = none but the caller's. None = as many as the process may use cores,
             up to 8.
+        reject_outliers: leave out the frames that show somebody else than most of the tracklet's frames do, as
+            :func:`~temporal_agg.aggregators.robust.outlier_mask` judges by their average-pooled features: they are
+            masked, for any aggregator. The features of a whole tracklet are then kept until it has been judged.
 
     Returns:
         float32 ``[N, D]`` on the CPU, in the order of the tracklets.
@@ -113,23 +96,22 @@ def embed_tracklets(
     with CPU:  # whatever the caller's default device is
         plan = _plan(tracklets, model.clip, frames_per_batch)
     runner.to(device)
-    out = torch.zeros(len(tracklets), model.num_features, dtype=torch.float32, device=CPU)
     reader = _Reader(tracklets, plan, runner, min(8, allowed_cores()) if num_workers is None else num_workers)
     start = time.perf_counter()
     with runner.running(), _bar(len(plan.frames), progress) as bar, closing(reader.batches(bar)) as batches:
-        _embed(model, plan.calls, _Features(runner, batches), out, frames_per_batch)
+        out = _embed(model, plan, _Features(runner, batches), frames_per_batch, reject_outliers)
     seconds = time.perf_counter() - start
     _logger.log(
         logging.INFO if seconds > LONG_RUN else logging.DEBUG,
-        "embedded %d tracklets of %d frames in %.1f s: %.1f frames/s, %.0f %% of the time spent waiting for frames to be "
-        "decoded",
+        "embedded %d tracklets of %d frames in %.1f s: %.1f frames/s, %.0f %% of the time spent waiting for frames to "
+        "be decoded",
         len(tracklets),
         len(plan.frames),
         seconds,
         len(plan.frames) / seconds,
         100 * reader.waited / seconds,
     )
-    return out / plan.clips[:, None]
+    return out.clone()  # outside inference mode
 
 
 class FrameRunner:
@@ -144,8 +126,8 @@ class FrameRunner:
     Attributes:
         model: out of its wrapper.
         transform: resizes frames to what the model takes.
-        size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at 256
-            x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
+        size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at
+            256 x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
         uses_flow: whether the encoder has a stem for optical flow.
 
     Raises:
@@ -165,8 +147,8 @@ class FrameRunner:
             model = model.module
         if not all(hasattr(model, part) for part in ("encoder", "aggregator", "clip")):
             raise TypeError(
-                f"model must be a TrackletModel, as create_model returns it, got {type(model).__name__}: wrap a backbone "
-                "as TrackletModel(FrameEncoder(backbone), aggregator)."
+                f"model must be a TrackletModel, as create_model returns it, got {type(model).__name__}: wrap a "
+                "backbone as TrackletModel(FrameEncoder(backbone), aggregator)."
             )
         if frames_per_batch < 1:
             raise ValueError(f"frames_per_batch must be at least 1, got {frames_per_batch}.")
@@ -309,8 +291,8 @@ class _Pixels(NamedTuple):
 class _Reader:
     """The plan's frames in order, as bytes of the model's size, read ahead by threads.
 
-    Threads, because decoding and resizing let go of Python's lock: measured on 256x128 JPEGs they make half as many frames
-    again per second of processor time as worker processes, which have to hand every frame over.
+    Threads, because decoding and resizing let go of Python's lock: of 256x128 JPEGs they were measured to make half as
+    many again per second of processor time as worker processes, which have to hand every frame over.
     """
 
     def __init__(self, tracklets: Sequence[Tracklet], plan: _Plan, runner: FrameRunner, workers: int):
@@ -400,58 +382,89 @@ class _Features:
         return _join(features)[places], None if images[0] is None else _join(images)[places]
 
     def chunks(self, first: int, last: int) -> Iterator[Tensor]:
-        """The features ``[1, t, ...]`` of successive frames; a batch is let go before the next one is made."""
+        """The features ``[1, t, ...]`` of successive frames by batches, each let go before the next is made."""
         while first < last:
+            stop = min(first + self.runner.frames_per_batch, last)
             self.drop(first)
-            self.read(first + 1)
-            chunk = slice(first - self.start, last - self.start)
-            first = self.start + len(self.kept[0][0])
-            yield self.kept[0][0][chunk][None]
+            self.read(stop)
+            chunk = _join([features for features, _ in self.kept])[first - self.start : stop - self.start][None]
+            self.drop(stop)
+            first = stop
+            yield chunk
+            del chunk
+
+    def trusted(self, first: int, stop: int) -> Tensor:
+        """Which frames of a tracklet show whom most of its frames show: bool on the CPU."""
+        from .aggregators.robust import outlier_mask
+
+        self.read(stop)
+        vectors = [x.mean((2, 3)) if x.dim() == 4 else x for x, _ in self.kept]
+        return outlier_mask(_join(vectors)[first - self.start : stop - self.start][None])[0].to(CPU)
 
 
-def _embed(model: "TrackletModel", calls: list[_Call], features: _Features, out: Tensor, frames_per_batch: int) -> None:
-    """Adds every clip's embedding to its tracklet's row of ``out``."""
+def _embed(
+    model: "TrackletModel", plan: _Plan, features: _Features, frames_per_batch: int, reject_outliers: bool
+) -> Tensor:
+    """The mean of each tracklet's clips."""
+    calls = plan.calls
+    out = torch.zeros(len(plan.clips), model.num_features, dtype=torch.float32, device=CPU)
+    count = plan.clips.clone()
+    trusted = torch.ones(len(plan.frames), dtype=torch.bool, device=CPU)
+    ends = plan.owners.bincount(minlength=len(plan.clips)).cumsum(0).tolist()
+    judged = 0  # tracklets
     # The first frame that a call or any later one needs: everything before it can go.
     needed = torch.stack([call.frames.min() for call in calls]).flip(0).cummin(0).values.flip(0).tolist()
     needed.append(sys.maxsize)
     done: list[tuple[Tensor, Tensor]] = []
     for k, call in enumerate(calls):
         features.drop(needed[k])
-        first, last = int(call.frames.min()), int(call.frames.max()) + 1
+        owners, frames, mask = call
+        first, last = int(frames.min()), int(frames.max()) + 1
+        if reject_outliers:
+            while judged <= int(owners.max()):
+                start, judged = (ends[judged - 1] if judged else 0), judged + 1
+                trusted[start : ends[judged - 1]] = features.trusted(start, ends[judged - 1])
+            mask = mask & trusted[frames]
+            some = mask.any(1)  # a clip of nobody but others is left out
+            count.index_add_(0, owners[~some], torch.full_like(owners[~some], -1))
+            owners, frames, mask = owners[some], frames[some], mask[some]
+            if not len(owners):
+                continue
         if (
-            supports_streaming(model.aggregator)
-            and call.frames.shape[1] > frames_per_batch
-            and bool(call.mask.all())
-            and torch.equal(call.frames[0], torch.arange(first, last, device=CPU))
+            getattr(model.aggregator, "supports_streaming", False)
+            and frames.shape[1] > frames_per_batch
+            and bool(mask.all())
+            and not reject_outliers
+            and torch.equal(frames[0], torch.arange(first, last, device=CPU))
             and needed[k + 1] >= last  # no later call wants these frames
         ):
             embeddings = _streamed(model.aggregator, features.chunks(first, last))
         else:
-            clips, images = features.take(call.frames)
-            mask = None if call.mask.all() else call.mask.to(clips.device)
-            embeddings = model.aggregate(clips, mask, images=images)
+            clips, images = features.take(frames)
+            embeddings = model.aggregate(clips, None if mask.all() else mask.to(clips.device), images=images)
             del clips, images
-        done.append((call.owners, embeddings.float()))
-        if len(done) == FLUSH or k == len(calls) - 1:
-            owners, rows = (torch.cat(parts) for parts in zip(*done, strict=True))
-            out.index_add_(0, owners, rows.cpu())
-            done.clear()
+        done.append((owners, embeddings.float()))
+        if len(done) == FLUSH:
+            _add(out, done)
+    _add(out, done)
+    return out / count[:, None]
+
+
+def _add(out: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
+    """Adds clips' embeddings to their tracklets' rows, and forgets them."""
+    if done:
+        owners, rows = (torch.cat(parts) for parts in zip(*done, strict=True))
+        out.index_add_(0, owners, rows.cpu())
+        done.clear()
 
 
 def _streamed(aggregator: "Aggregator", chunks: Iterable[Tensor]) -> Tensor:
     """The embedding ``[1, D]`` of one clip whose features ``[1, t, ...]`` come in pieces."""
-    streaming: Any = aggregator
-    if hasattr(aggregator, "stream"):  # TO DELETE AT MERGE, with its like in supports_streaming
-        return streaming.stream(chunks).embedding
-    state = streaming.begin(1)
+    state = None
     for chunk in chunks:
-        state = streaming.update(state, chunk)
+        state = aggregator.update(aggregator.begin(1, chunk) if state is None else state, chunk)
         del chunk  # or it would live on while the next one is made
-    return streaming.read(state).embedding
-
-
-def supports_streaming(aggregator: "Aggregator") -> bool:
-    return bool(getattr(aggregator, "supports_streaming", hasattr(aggregator, "stream")))
+    return aggregator.read(state).embedding
 
 
 def _join(batches: Sequence[Tensor]) -> Tensor:
@@ -461,7 +474,7 @@ def _join(batches: Sequence[Tensor]) -> Tensor:
 def _bar(total: int, progress: bool) -> Any:
     if progress:
         try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             return tqdm(total=total, unit="frame", desc="embed", disable=None, leave=False)
         except ImportError:

@@ -74,6 +74,33 @@ def make_duke(
     return root
 
 
+def make_duke_si(
+    root: Path, people: int = 4, cameras: int = 2, frames: int = 4, size: tuple[int, int] = SIZE, distractors: int = 1
+) -> Path:
+    """The queries are the test people's tracklets of the first camera, and are not in the gallery."""
+    for person in range(1, 2 * people + distractors + 1):
+        for camera in range(1, cameras + 1):
+            query = camera == 1 and people < person <= 2 * people
+            part = "train" if person <= people else "query" if query else "gallery"
+            name = f"any name {camera}" if part == "train" else f"s0{camera}{camera}42"
+            folder = root / part / f"{person:04d}" / name
+            for frame in range(frames):
+                picture(folder / f"c{camera}_{9998 + frame}.jpg", person, camera, frame, size)
+    return root
+
+
+def make_ward(
+    root: Path, people: int = 6, frames: int = 3, size: tuple[int, int] = SIZE, nested: bool = True, suffix: str = "png"
+) -> Path:
+    """Every person in three cameras, numbered with gaps."""
+    folder = root / "toolbox" / "Datasets" / "WARD" if nested else root
+    for pid in range(1, 2 * people, 2):
+        for camera in (1, 2, 3):
+            for frame in range(1, frames + camera):
+                picture(folder / f"{pid:04d}{camera:04d}{frame:04d}.{suffix}", pid, camera, frame, size)
+    return root
+
+
 def make_ilids_vid(root: Path, people: int = 4, frames: int = 4, size: tuple[int, int] = SIZE) -> Path:
     """2 x ``people`` persons, numbered with gaps; ten splits."""
     rng = np.random.default_rng(0)

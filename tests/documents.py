@@ -67,7 +67,9 @@ def check(words: list[str]) -> None:
         cli.parse(words[1:])
     elif found := script_of(words):
         script, arguments = found
-        if script in PARSERS:
+        if script == "temporal-agg":  # torchrun --no-python
+            cli.parse(arguments)
+        elif script in PARSERS:
             getattr(load(script), PARSERS[script])(arguments)
         elif arguments or not (ROOT / script).is_file():
             raise ValueError(f"no script {script}, or arguments for one that is not in PARSERS: {shlex.join(words)}")

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import subprocess
@@ -287,3 +288,334 @@ def test_the_script_is_there():
     scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["temporal-agg"].partition(":")
     assert getattr(import_module(module), function) is cli.main
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Writes small files of embeddings."""
+
+    def write(name, rows, names=None, **more):
+        names = names or [f"{i}" for i in range(len(rows))]
+        found = cli.Embeddings(torch.tensor(rows), names, None, None, "cosine", "m", False, "f")._replace(**more)
+        cli.write_embeddings(tmp_path / name, found)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, capsys):
+    q, g = plain("q.npz", [[1.0, 0.0]]), plain("g.npz", [[1.0, 0.0], [0.0, 1.0]])
+    new, image = tmp_path / "new.txt", folder / "0001" / "1_a" / "1.png"
+    weights = models / "first" / "model.safetensors"
+    link, other = tmp_path / "link.npz", tmp_path / "precious.txt"
+    link.symlink_to(q)
+    other.write_text("precious")
+    files = [tmp_path / "q.npz", tmp_path / "g.npz", image, weights, other]
+    before = [file.read_bytes() for file in files]
+    model = ["--model", str(models / "first")]
+    for overwrite in ([], ["--overwrite"]):
+        for command in (
+            ["search", q, g, "-o", q],
+            ["search", q, g, "-o", g],
+            ["search", q, g, "-o", str(link)],
+            ["search", str(folder), g, *model, "-o", str(image)],
+            ["search", str(folder), g, *model, "-o", str(weights)],
+            ["link", g, "-o", g],
+            ["link", g, "-o", str(image), "--sheet", str(tmp_path / "a.html"), "--folder", str(folder)],
+            ["link", g, "-o", str(new), "--sheet", g, "--folder", str(folder)],
+            ["link", g, "-o", str(new), "--sheet", str(image), "--folder", str(folder)],
+            ["merge", q, g, "-o", q],
+            ["merge", q, g, "-o", str(link)],
+            ["index", g, "-o", g],
+        ):
+            assert cli.main([*command, *overwrite]) == 1, command
+            message = capsys.readouterr().err
+            assert "is an input, or part of one" in message, (command, message)
+            assert [file.read_bytes() for file in files] == before
+    for command in (
+        ["search", q, g, "-o", str(other)],
+        ["link", g, "-o", str(other)],
+        ["index", g, "-o", str(other)],
+        ["embed", str(folder), *model, "-o", q],
+        ["merge", q, q, "-o", g],
+    ):
+        if command[-1] not in command[:-1]:
+            assert cli.main(command) == 1, command
+        assert [file.read_bytes() for file in files] == before
+        message = capsys.readouterr().err
+        assert "there already" in message or "is an input" in message, (command, message)
+    assert cli.main(["search", q, g, "-o", str(other), "--overwrite"]) == 0
+    assert "precious" not in other.read_text()
+    assert cli.main(["search", q, g, "-o", str(tmp_path)]) == 1
+    assert "no file: choose another name" in capsys.readouterr().err
+
+
+def test_an_output_that_appears_meanwhile_stays(plain, tmp_path, monkeypatch, capsys):
+    q, output = plain("q.npz", [[1.0, 0.0]]), tmp_path / "found.txt"
+    show = cli.show
+
+    def slow(*args):
+        output.write_text("precious")
+        show(*args)
+
+    monkeypatch.setattr(cli, "show", slow)
+    assert cli.main(["search", q, q, "-o", str(output)]) == 1
+    assert output.read_text() == "precious"
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.txt", "q.npz"]
+
+
+def test_threshold_and_unknown(plain, tmp_path, capsys):
+    rows = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
+    q = plain("q.npz", [[1.0, 0.1], [1.0, 1.0]], ["near", "unknown"])
+    g = plain("g.npz", rows, ["right", "up", "left"])
+    assert cli.main(["search", q, g, "--threshold", "0.1", "--format", "json"]) == 0
+    near, far = json.loads(capsys.readouterr().out)
+    assert [m["name"] for m in near["matches"]] == ["right"]
+    assert "unknown" not in near
+    assert (far["matches"], far["unknown"], far["nearest"]["name"]) == ([], True, "right")
+    assert far["nearest"]["distance"] == pytest.approx(1 - 0.5**0.5, abs=1e-6)
+    assert cli.main(["search", q, g, "--threshold", "0.1", "--format", "csv"]) == 0
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [(row["query"], row["rank"], row["gallery"]) for row in table] == [
+        ("near", "1", "right"),
+        ("unknown", "0", "unknown"),
+    ]
+    assert cli.main(["search", q, g, "--threshold", "0.1"]) == 0
+    assert "unknown (the nearest: right, 0.2929)" in capsys.readouterr().out
+    # As in open-set figures: what lies on the threshold is not identified.
+    assert cli.main(["search", g, g, "--threshold", "1", "--format", "json"]) == 0
+    assert all(result["unknown"] for result in json.loads(capsys.readouterr().out))
+    assert cli.main(["search", q, g, "--threshold", "nan"]) == 1
+    assert "--threshold must be a number" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_gallery_does_not_match_itself(plain, tmp_path, capsys):
+    g = plain("g.npz", [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    (tmp_path / "copy.npz").write_bytes((tmp_path / "g.npz").read_bytes())
+    for query in (g, str(tmp_path / "copy.npz")):
+        assert cli.main(["search", query, g, "--format", "json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [[m["name"] for m in result["matches"]] for result in found] == [["2", "1"], ["2", "0"], ["0", "1"]]
+
+
+@pytest.mark.parametrize("style", ["table", "csv", "json"])
+def test_names_of_any_kind_are_printed_and_written(style, plain, tmp_path, monkeypatch):
+    names = ["latin \udce9", "\u5f20", "line\nbreak \x1b[2J", "plain"]
+    g = plain("g.npz", torch.eye(4).tolist(), names)
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))
+    assert cli.main(["search", g, g, "--format", style]) == 0
+    assert sys.stdout.errors == "strict"  # as it was
+    printed = screen.getvalue()
+    assert rb"\udce9" in printed
+    assert rb"\u5f20" in printed
+    assert style == "csv" or b"\x1b" not in printed  # a terminal would obey
+    assert cli.main(["search", g, g, "--format", style, "-o", str(tmp_path / "found")]) == 0
+    text = (tmp_path / "found").read_text(encoding="utf-8")
+    assert ("\u5f20" if style != "json" else r"\u5f20") in text
+    if style == "json":
+        assert [result["query"] for result in json.loads(text)] == names
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_standard_output_is_one_line(plain, monkeypatch, capsys):
+    g = plain("g.npz", [[1.0, 0.0], [0.0, 1.0]])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["search", g, g]) == 1
+    message = capsys.readouterr().err
+    assert "the standard output" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
+    embed(output="other.npz")
+    settings = {"temporal-agg": "0"}
+    head = json.dumps(settings).encode() + b"\n"
+    row = {"name": "a", "frames": "b", "embedding": "AACAPw=="}
+    lines = [
+        b"\x00" * 20 + b"\n",
+        b"[]\n",
+        b"5\n",
+        b"{}\n",
+        b'{"name": "a"}\n',
+        *(
+            json.dumps({**row, "embedding": wrong}).encode() + b"\n"
+            for wrong in ("", "AA", "%%%%", "AADAfw==", 5, None)
+        ),
+        json.dumps(row).encode() + b"\n" + json.dumps({**row, "embedding": "AACAPwAAgD8="}).encode() + b"\n",
+    ]
+    part = tmp_path / "out.npz.part"
+    capsys.readouterr()
+    for line in lines:
+        part.write_bytes(head + line)
+        assert embed()[0] == 1
+        message = capsys.readouterr().err
+        assert f"{part} is no file of temporal-agg, or it is damaged (" in message, line
+        assert len(message.splitlines()) == 1
+        assert part.read_bytes() == head + line
+
+
+def test_append_adds_what_is_new(embed, folder, models, tmp_path, capsys):
+    assert embed("--append")[0] == 0  # there is nothing yet
+    write_tracklets(folder, {"0009/1_a": 2}, seed=5)
+    assert embed()[0] == 1
+    assert "is there already" in capsys.readouterr().err
+    code, found = embed("--append")
+    assert code == 0
+    assert found["names"].tolist()[-1] == "0009/1_a"
+    assert len(found["names"]) == 6
+    LENGTHS_ALL = {**LENGTHS, "0009/1_a": 2}
+    names = found["names"].tolist()
+    model = temporal_agg.create_model(f"local-dir:{models / 'first'}")
+    tracklets = [temporal_agg.Tracklet([folder / n / f"{i + 1}.png" for i in range(LENGTHS_ALL[n])], 0) for n in names]
+    want = temporal_agg.embed_tracklets(model, tracklets, progress=False).numpy()
+    np.testing.assert_allclose(found["embeddings"], want, rtol=1e-4, atol=1e-6)
+    assert embed("--append")[0] == 0  # nothing is new
+    os.utime(folder / "0009" / "1_a" / "1.png", (0, 0))
+    assert embed("--append")[0] == 1
+    assert "has a tracklet '0009/1_a' already, of other files" in capsys.readouterr().err
+    assert embed("--append", model="second")[0] == 1
+    assert "different models" in capsys.readouterr().err
+
+
+def test_merge(plain, tmp_path, capsys):
+    a, b = plain("a.npz", [[1.0, 0.0]], ["a"]), plain("b.npz", [[0.0, 1.0], [1.0, 1.0]], ["b", "c"])
+    assert cli.main(["merge", a, b, "-o", str(tmp_path / "c.npz")]) == 0
+    with np.load(tmp_path / "c.npz") as stored:
+        assert stored["names"].tolist() == ["a", "b", "c"]
+        assert stored["embeddings"].tolist() == [[1, 0], [0, 1], [1, 1]]
+    other = plain("other.npz", [[1.0, 0.0]], ["x"], fingerprint="g")
+    assert cli.main(["merge", a, other, "-o", str(tmp_path / "d.npz")]) == 1
+    assert "other.npz was embedded by m (g), " in capsys.readouterr().err
+    assert cli.main(["merge", a, str(tmp_path / "c.npz"), "-o", str(tmp_path / "d.npz")]) == 1
+    assert "two tracklets are named 'a'" in capsys.readouterr().err
+
+
+def test_link(embed, folder, tmp_path, capsys):
+    embed()
+    gallery, people, sheet = (tmp_path / name for name in ("out.npz", "people.csv", "people.html"))
+    command = ["link", str(gallery), "-o", str(people), "--threshold", "1e-3"]
+    assert cli.main([*command, "--sheet", str(sheet), "--folder", str(folder)]) == 0
+    assert "5 tracklets, 5 people" in capsys.readouterr().err
+    rows = list(csv.DictReader(people.open()))
+    assert [row["name"] for row in rows] == np.load(gallery)["names"].tolist()
+    assert [row["person"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert [row["pid"] for row in rows] == ["1", "1", "2", "2", "3"]
+    assert "0002/-1_c" in sheet.read_text()
+    assert cli.main([*command[:-1], "3", "--overwrite"]) == 0
+    assert "5 tracklets, 1 people" in capsys.readouterr().err
+    # Frames 1 to 3 of 0001/1_a and frame 1 of 0002/1_a are one camera's: two people, whatever the distance.
+    assert cli.main([*command[:-1], "3", "--overwrite", "--numbers-are-times"]) == 0
+    person = {row["name"]: row["person"] for row in csv.DictReader(people.open())}
+    assert person["0001/1_a"] != person["0002/1_a"]
+    assert cli.main([*command, "--overwrite", "--sheet", str(sheet)]) == 1
+    assert "pass --folder" in capsys.readouterr().err
+
+
+def test_index(plain, tmp_path, capsys):
+    pytest.importorskip("faiss", reason="faiss is not installed (extra faiss)")
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    g, index = plain("g.npz", rows.tolist()), str(tmp_path / "g.faiss")
+    other = plain("other.npz", rows.flip(0).tolist())
+    assert cli.main(["index", g, "-o", index]) == 0
+    assert "it finds 100.0%" in capsys.readouterr().err
+    for query in (g, other):
+        assert cli.main(["search", query, g, "-k", "3", "--format", "json"]) == 0
+        want = json.loads(capsys.readouterr().out)
+        assert cli.main(["search", query, g, "-k", "3", "--format", "json", "--index", index]) == 0
+        for got, exact in zip(json.loads(capsys.readouterr().out), want, strict=True):
+            assert [m["name"] for m in got["matches"]] == [m["name"] for m in exact["matches"]]
+    assert cli.main(["search", g, other, "--index", index]) == 1
+    assert "g.faiss is no index of" in capsys.readouterr().err
+
+
+def test_tilde_is_expanded(models, folder, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(folder.parent))
+    (folder.parent / "model").symlink_to(models / "first")
+    for model in ("local-dir:~/model", "~/model"):
+        assert cli.main(["embed", "~/data", "-o", "~/out.npz", "--model", model, "--overwrite"]) == 0
+    assert (tmp_path / "out.npz").exists()
+
+
+def test_options_reach_embed_tracklets_and_the_key(embed, monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def stand_in(model, tracklets, **options):
+        seen.append(options)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return torch.ones(len(tracklets), 4)
+
+    monkeypatch.setattr(_embed, "embed_tracklets", stand_in)
+    monkeypatch.setattr(_embed, "SAVE_EVERY", 0)
+    options = ("--precision", "bfloat16", "--reject-outliers", "--frames-per-batch", "1")
+    assert embed(*options)[0] == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "temporal-agg: stopped; the same command goes on where it was."
+    assert seen[0]["precision"] == "bfloat16"
+    assert seen[0]["reject_outliers"] is True
+    assert embed()[0] == 1
+    message = capsys.readouterr().err
+    assert "precision: was bfloat16, is float32; reject_outliers: was True, is False" in message
+    assert embed(*options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "DataLoader worker"),
+        (_embed.torch.cuda.OutOfMemoryError("CUDA out of memory"), "smaller --frames-per-batch"),
+        (MemoryError(), "out of memory"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_what_ends_a_run_is_one_line(error, says, embed, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(_embed, "embed_tracklets", fail)
+    assert embed()[0] == 1
+    message = capsys.readouterr().err
+    assert says in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_model_that_gives_no_numbers_is_told(embed, monkeypatch, capsys):
+    monkeypatch.setattr(
+        _embed, "embed_tracklets", lambda model, tracklets, **_: torch.full((len(tracklets), 4), np.nan)
+    )
+    assert embed()[0] == 1
+    assert "the embedding of '0001/1_a' is not finite" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(embed, tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource", reason="this system has no limits of the size of files")
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+        assert embed()[0] == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    message = capsys.readouterr().err
+    assert "out.npz.part" in message
+    assert len(message.splitlines()) == 1
+    assert embed()[0] == 0  # goes on
+
+
+def test_the_key_of_a_tracklet_has_its_flow(folder):
+    from temporal_agg.data import flow
+
+    tracklet = cli.find_tracklets(folder)[0][0]
+    keys = [cli.frames_key(tracklet)]
+    for k in (0, 3):
+        images = [flow.encode_flow(np.full((2, 16, 16), float(k)))] * (len(tracklet) - 1)
+        flow.write_flow(flow.flow_file(tracklet.frames), images, (16, 16), {"k": k})
+        keys.append(cli.frames_key(tracklet))
+    assert len(set(keys)) == 3
+    assert cli.frames_key(tracklet, flow=False) == keys[0]  # for models that do not look at it

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from temporal_agg import _embed, cli, create_aggregator, create_model, export_onnx, retrieval
+from temporal_agg import _embed, _files, cli, create_aggregator, create_model, export_onnx, retrieval
 from temporal_agg.retrieval.store import read_embeddings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -48,6 +49,7 @@ def quick(tmp_path, monkeypatch):
             file.write("".join(f"{t.name}\n" for t in tracklets))
         return torch.stack([torch.tensor([float(t.pid), t.camera, 1.0, 2.0]) for t in tracklets])
 
+    monkeypatch.setattr(_files, "ABANDONED", -1)  # an empty folder without a lock counts as at work for a day
     monkeypatch.setattr(_embed, "SAVE_EVERY", 0)
     monkeypatch.setattr(_embed, "embed_tracklets", embed)
     monkeypatch.setattr(_embed, "load_model", lambda *args: model())
@@ -98,7 +100,7 @@ def watch(root, kill_at, counted=None):
 
 
 def content(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
 
 
 def check(out, run, tmp_path, outputs):
@@ -112,8 +114,8 @@ def check(out, run, tmp_path, outputs):
     assert number > 3
     sizes = [1, 60, 200, 700]  # killed in the middle of a write, too
     for kill in [*range(1, number + 1), *(-size for size in sizes)]:
-        for path in out.iterdir():
-            path.unlink()
+        shutil.rmtree(out)
+        out.mkdir()
         for name, data in first.items():
             (out / name).write_bytes(data)
 
@@ -152,11 +154,13 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_embed(folder, tmp_path, out):
     run = command("embed", folder, "-o", out / "a.npz", "--model", "m", "--frames-per-batch", 4)
     check(out, run, tmp_path, ["a.npz"])
 
 
+@pytest.mark.slow
 def test_embed_append(folder, tmp_path, out, gallery):
     (out / "a.npz").write_bytes(gallery.read_bytes())
     for name in ("0007/1_a", "0007/2_a"):
@@ -184,8 +188,21 @@ def test_link(folder, tmp_path, out, gallery):
 @pytest.mark.slow
 def test_export(tmp_path, out):
     pytest.importorskip("onnxscript", reason="the extra export is not installed")
-    aggregator = create_aggregator("mean", 4)
-    check(out, lambda: export_onnx(aggregator, out / "a.onnx"), tmp_path, ["a.onnx"])
+
+    def before():
+        def hook(event, args):
+            if event == "os.rename" and str(out) in str(args[0]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    aggregator, path = create_aggregator("mean", 4), out / "a.onnx"
+    path.write_text("old")
+    assert ended(start(lambda: export_onnx(aggregator, path), before)) == -signal.SIGKILL
+    assert path.read_text() == "old"
+    assert ended(start(lambda: export_onnx(aggregator, path))) == 0
+    assert path.stat().st_size > 100
+    assert list(content(out)) == ["a.onnx"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,12 +279,14 @@ def wait_before_embedding(folder):
     """The process says by a file that it is at work, and goes on once another file is there."""
 
     def before():
-        embed = _embed.embed_tracklets
+        embed, calls = _embed.embed_tracklets, []
 
         def wait(*args, **options):
-            (folder / "at work").touch()
-            while not (folder / "go on").exists():
-                pass
+            calls.append(1)
+            if len(calls) == 2:
+                (folder / "at work").touch()
+                while not (folder / "go on").exists():
+                    pass
             return embed(*args, **options)
 
         _embed.embed_tracklets = wait
@@ -299,6 +318,27 @@ def test_torchrun(folder, out, tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_embeddings(out / "a.npz").names == NAMES
     assert [p.name for p in out.iterdir()] == ["a.npz"]
+
+
+def test_an_unfinished_run_is_no_leave_to_overwrite(folder, out, gallery, capfd):
+    (out / "a.npz").write_bytes(gallery.read_bytes())
+    (folder / "0009" / "1_a").mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "0009" / "1_a" / "1.png")
+    assert ended(start(embed(folder, out, "--overwrite"), kill_before_embedding(3))) == -signal.SIGKILL
+    assert ended(start(embed(folder, out))) == 1
+    assert "is there already" in capfd.readouterr().err
+    assert (out / "a.npz").read_bytes() == gallery.read_bytes()
+    assert ended(start(embed(folder, out, "--overwrite"))) == 0
+    assert read_embeddings(out / "a.npz").names == [*NAMES, "0009/1_a"]
+    assert list(content(out)) == ["a.npz"]
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(folder, out):
+    def before():
+        _embed.embed_tracklets = None  # a TypeError
+
+    assert ended(start(embed(folder, out), before)) == 1
+    assert content(out) == {}
 
 
 def test_processes_of_the_environment(folder, out, monkeypatch, capsys):

@@ -18,10 +18,10 @@ from temporal_agg import (
     export_onnx,
     list_aggregators,
 )
+from temporal_agg.aggregators.registry import aggregator_options
 
 C, MAPS, FRAMES = 32, (4, 2), (32, 16)
-SMALL = {"loga": {"clip_length": 3}, "gsta": {"hidden_features": 8}, "lstm": {"hidden_features": 8}}
-FREE_LENGTH = {"attention", "fgra", "gltr", "gltr_released", "max", "mean"}
+SMALL = {"clip_length": 3, "hidden_features": 8}  # options, for those that have them
 
 # Torch's own exporter imports modules that warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -30,6 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def build(name, **options):
     torch.manual_seed(0)
     return moved(create_aggregator(name, C, **options))
+
+
+def small(name):
+    return {key: value for key, value in SMALL.items() if key in aggregator_options(name)}
 
 
 def moved(module):
@@ -75,23 +79,24 @@ def close(got, want):
 
 @pytest.mark.parametrize("name", list_aggregators())
 def test_every_aggregator(name, tmp_path):
-    aggregator, path = build(name, **SMALL.get(name, {})), tmp_path / "a.onnx"
-    sizes = {"map_size": MAPS} if name in FREE_LENGTH or aggregator.needs_maps else {}
+    aggregator, path = build(name, **small(name)), tmp_path / "a.onnx"
+    free = aggregator.clip_length is None and not aggregator.is_recurrent
+    sizes = {"map_size": MAPS} if free or aggregator.needs_maps else {}
     if aggregator.needs_frames:
         sizes["frame_size"] = FRAMES
-    export_onnx(aggregator, path, clip_length=None if name in FREE_LENGTH else 3, **sizes)
+    export_onnx(aggregator, path, clip_length=None if free else 3, **sizes)
 
-    length = "length" if name in FREE_LENGTH else 3
+    length = "length" if free else 3
     want = {"features": ["batch", length, C, *sizes.get("map_size", ())], "mask": ["batch", length]}
     if aggregator.needs_frames:
         want["frames"] = ["batch", length, 3, *FRAMES]
     assert shapes(path) == {**want, "embedding": ["batch", aggregator.num_features]}
     about = {"architecture": name, "temporal_agg": temporal_agg.__version__}
-    assert metadata(path) == {**about, "clip_length": "null" if name in FREE_LENGTH else "3"}
+    assert metadata(path) == {**about, "clip_length": "null" if free else "3"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
 
     aggregator.eval()
-    for B, T in ((1, 1), (5, 4)) if name in FREE_LENGTH else ((1, 3), (5, 3)):
+    for B, T in ((1, 1), (5, 4)) if free else ((1, 3), (5, 3)):
         generator = torch.Generator().manual_seed(B)
         inputs = {key: torch.rand(B, T, *shape[2:], generator=generator) for key, shape in want.items()}
         inputs["mask"] = holes(B, T)
@@ -241,6 +246,10 @@ def test_other_errors(gltr, tmp_path, monkeypatch):
         huge = nn.Linear(30_000, 20_000)  # 2.4 GB
     with pytest.raises(ValueError, match=r"the weights take 2.4 GB, and an ONNX file holds 2 GB"):
         export_onnx(moved_into(build("mean"), huge), tmp_path / "a.onnx")
+    with monkeypatch.context() as older:
+        older.setattr(torch, "__version__", "2.8.1+cpu")
+        with pytest.raises(ImportError, match=r"ONNX files need torch >= 2\.9, got 2\.8\.1"):
+            export_onnx(build("mean"), tmp_path / "a.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install temporal-agg\[export\]"):
         export_onnx(build("mean"), tmp_path / "a.onnx")

@@ -1,4 +1,10 @@
+import math
+import os
+import re
+import subprocess
 import sys
+import threading
+import time
 import types
 import weakref
 
@@ -10,7 +16,7 @@ from torch import nn
 from temporal_agg import inference
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
-from temporal_agg.inference import embed_tracklets
+from temporal_agg.inference import allowed_cores, embed_tracklets, fastest_memory_format
 from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel
 
 C, SIZE = 32, (32, 16)
@@ -104,7 +110,7 @@ def test_every_way_to_cut(clip, aggregator):
     torch.testing.assert_close(embed(model, items, frames_per_batch=10), literal(model, items), rtol=1e-4, atol=1e-5)
 
 
-def test_a_timm_backbone_and_worker_processes():
+def test_a_timm_backbone_and_threads():
     torch.manual_seed(0)
     encoder = FrameEncoder("test_resnet", img_size=(64, 32))
     model = TrackletModel(encoder, create_aggregator("attention", encoder.num_features), ClipConfig(4)).eval()
@@ -355,6 +361,187 @@ def test_errors_name_the_tracklet():
         embed(model, [*tracklets((5, 2)), empty])
     with pytest.raises(ValueError, match="frames_per_batch must be at least 1, got 0"):
         embed(model, tracklets((5,)), frames_per_batch=0)
+    with pytest.raises(ValueError, match=r"precision must be one of float32, bfloat16, float16, got 'half'"):
+        embed(model, tracklets((5,)), precision="half")
+
+
+class Slow(Counting):
+    """A tracklet of which some frames take longer than others."""
+
+    def load(self, indices):
+        time.sleep(0.002 * (len(self.tracklet) % 3))
+        self.threads = {*getattr(self, "threads", ()), threading.current_thread()}
+        return super().load(indices)
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_threads_keep_the_order(num_workers):
+    model, items = build("attention", ClipConfig(6, stride=3, fill="mask")), tracklets(LENGTHS * 3)
+    slow = [Slow(t) for t in items]
+    got = embed(model, slow, frames_per_batch=5, num_workers=num_workers)
+    torch.testing.assert_close(got, embed(model, items), rtol=1e-5, atol=1e-6)
+    threads = set().union(*(t.threads for t in slow))
+    assert len(threads) <= num_workers
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads), "all have ended"
+
+
+def test_reading_ahead_is_bounded(whole_batches):
+    (item,), ahead = [Counting(t) for t in tracklets((400,))], []
+    model = build(clip=ClipConfig(4))
+    model.encoder.register_forward_hook(lambda *args: ahead.append(len(item.read) - sum(model.encoder.calls)))
+
+    embed(model, [item], frames_per_batch=10, num_workers=2)
+    assert max(ahead) <= 10 * (2 * 2 + 2)
+    assert sorted(item.read) == list(range(400))
+
+
+def test_no_process_is_started_and_no_start_method_is_chosen():
+    code = """
+import multiprocessing, os
+import numpy as np, torch
+import temporal_agg
+from multiprocessing import process
+os.fork = process.BaseProcess.start = lambda *args: exit("a process was started")
+multiprocessing.current_process()._config["daemon"] = True  # such as the worker of a pool
+model = temporal_agg.create_model("mean_test_resnet", img_size=(32, 32))
+tracklets = [temporal_agg.Tracklet([np.zeros((32, 32, 3), np.uint8)] * 50, 1)]
+for workers in (None, 0, 3):
+    temporal_agg.embed_tracklets(model, tracklets, progress=False, num_workers=workers)
+print(multiprocessing.get_start_method(allow_none=True))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_the_caller_do_not_matter(dtype, num_workers):
+    model, items = build("attention", ClipConfig(6, stride=3, fill="mask")), tracklets()
+    want = embed(model, items)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        got = embed(model, items, num_workers=num_workers)
+        assert torch.get_default_dtype() == dtype
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(got, want)
+
+
+class Convolutions(nn.Sequential):
+    def __init__(self, convolutions, linear):
+        super().__init__(*(nn.Conv2d(3, 3, 1) for _ in range(convolutions)), *(nn.Linear(3, 3) for _ in range(linear)))
+
+
+def test_the_memory_format_follows_what_the_network_is():
+    for layers, want in [((5, 0), True), ((1, 48), False), ((22, 36), True), ((0, 9), False), ((0, 0), False)]:
+        assert (fastest_memory_format(Convolutions(*layers)) == torch.channels_last) == want, layers
+    encoders = {"test_resnet": True, "test_convnext": True, "test_vit": False}
+    for name, want in encoders.items():
+        assert (fastest_memory_format(FrameEncoder(name, img_size=(64, 32))) == torch.channels_last) == want, name
+
+
+def test_images_come_channels_last_and_the_weights_stay():
+    model, seen = build(clip=ClipConfig(4)), []
+    model.encoder.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    before = {key: (x.clone(), x.stride(), x.data_ptr()) for key, x in model.state_dict().items()}
+    embed(model, tracklets())
+    assert seen
+    assert all(seen)
+    for key, x in model.state_dict().items():
+        value, stride, place = before[key]
+        assert torch.equal(x, value)
+        assert (x.stride(), x.data_ptr()) == (stride, place)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision(precision):
+    torch.manual_seed(0)
+    encoder = FrameEncoder("test_resnet", img_size=(64, 32))
+    model = TrackletModel(encoder, create_aggregator("attention", encoder.num_features), ClipConfig(4)).eval()
+    items, seen = tracklets(), []
+    want = embed(model, items)
+    model.aggregator.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    got = embed(model, items, precision=precision)
+    assert set(seen) == {getattr(torch, precision)}
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, want)
+    assert torch.cosine_similarity(got, want).min() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types(dtype):
+    model, items = build("attention", ClipConfig(4)), tracklets()
+    want = embed(model, items)
+    got = embed(model.to(dtype), items)
+    assert got.dtype == torch.float32
+    assert (got - want).norm() / want.norm() < 0.02
+
+
+def test_wrapped_models():
+    model, items = build(clip=ClipConfig(4)), tracklets()
+    assert torch.equal(embed(nn.DataParallel(model), items), embed(model, items))
+    with pytest.raises(TypeError, match="must be a TrackletModel, as create_model returns it, got SmallEncoder"):
+        embed(model.encoder, items)
+
+
+def test_a_long_run_says_where_the_time_went(monkeypatch, caplog):
+    model, items = build(clip=ClipConfig(4)), [Slow(t) for t in tracklets((7, 8))]
+    caplog.set_level("INFO")
+    embed(model, items)
+    assert not caplog.records
+    monkeypatch.setattr(inference, "LONG_RUN", 0)
+    embed(model, items)
+    (record,) = caplog.records
+    found = re.fullmatch(
+        r"embedded 2 tracklets of 15 frames in [\d.]+ s: ([\d.]+) frames/s, (\d+) % of the time spent waiting for "
+        r"frames to be decoded",
+        record.message,
+    )
+    assert float(found[1]) > 0
+    assert 0 < int(found[2]) <= 100
+
+
+def test_the_cores_that_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(inference, "_cgroup_quota", lambda root, own: 2.5)
+    assert allowed_cores() == 3
+    monkeypatch.setattr(inference, "_cgroup_quota", lambda root, own: math.inf)
+    assert allowed_cores() == 6
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert allowed_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "want"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/a/b\n", {"cpu.max": "max 100000", "a/cpu.max": "50000 100000", "a/b/cpu.max": "300000 100000"}, 0.5),
+        ("0::/gone\n", {}, math.inf),
+        (
+            "12:cpu,cpuacct:/docker/x\n3:memory:/\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            1.5,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("nonsense", {"cpu.max": "1 1"}, math.inf),
+        (None, {}, math.inf),
+    ],
+)
+def test_quotas_of_control_groups(own, files, want, tmp_path):
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert inference._cgroup_quota(tmp_path, tmp_path / "own") == want
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -365,3 +552,41 @@ def test_on_the_gpu():
     assert got.device.type == "cpu"
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert torch.equal(got, embed(model, items, frames_per_batch=10))
+
+
+@pytest.mark.parametrize("clip", [ClipConfig(4), ClipConfig(8, test_sampling="all"), ClipConfig(6, stride=3)])
+@pytest.mark.parametrize("name", ["attention", "loga", "gsta"])
+def test_frames_of_somebody_else_are_rejected(name, clip, whole_batches):
+    robust = pytest.importorskip("temporal_agg.aggregators.robust")
+    model = build(
+        name, **({"clip": clip} if name != "loga" else {}), **({"hidden_features": 16} if name == "gsta" else {})
+    )
+    rng = np.random.default_rng(0)
+
+    def frames(level, n):
+        return [rng.integers(level, level + 30, (32, 16, 3), dtype=np.uint8) for _ in range(n)]
+
+    items = [
+        Tracklet([*frames(20, 9), *frames(200, 6), *frames(20, 8)], 1),  # whole clips of others among them
+        Tracklet(frames(120, 13), 1),
+        Tracklet([*frames(30, 1)], 1),
+    ]
+    got = embed(model, items, frames_per_batch=5, reject_outliers=True)
+    rows = []
+    transform = ClipTransform.for_model(model)
+    with torch.no_grad():
+        for item in items:
+            features, images = model.frame_features(transform(item.load(range(len(item)))))
+            vectors = features.mean((2, 3)) if features.dim() == 4 else features
+            good = robust.outlier_mask(vectors[None])[0]
+            indices, mask = model.clip.cut(len(item))
+            mask = mask & good[indices]
+            clips = [
+                model.aggregate(features[i][None], m[None], images=images if images is None else images[i][None])[0]
+                for i, m in zip(indices, mask, strict=True)
+                if m.any()
+            ]
+            rows.append(torch.stack(clips).mean(0))
+            if item is items[0]:
+                assert not good[9:15].any()
+    torch.testing.assert_close(got, torch.stack(rows), rtol=1e-4, atol=1e-5)

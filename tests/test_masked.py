@@ -1,10 +1,12 @@
 """What a mask means."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from temporal_agg import masked
+from temporal_agg import create_aggregator, masked
 
 exact = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -36,3 +38,40 @@ def test_masked_batch_norm_without_a_real_entry_learns_nothing():
     before = {k: v.clone() for k, v in norm.state_dict().items()}
     assert norm(torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.bool)).isfinite().all()
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masked_batch_norm_in_half_precision(dtype):
+    """Every parameter and buffer in half precision: computed in float32, in both modes, and the statistics move."""
+    norm = masked.BatchNorm(4)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.copy_(torch.rand(4) + 0.5)
+    norm.to(dtype)
+    same = copy.deepcopy(norm).float()
+    x, mask = torch.randn(3, 5, 4).to(dtype), torch.rand(3, 5) < 0.6
+    for train in (False, True):
+        got, want = norm.train(train)(x, mask), same.train(train)(x.float(), mask)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, want.to(dtype))
+    torch.testing.assert_close(norm.running_mean, same.running_mean.to(dtype), rtol=0.01, atol=0.01)
+
+
+def test_is_compiling():
+    """Also where torch has no torch.compiler (2.0), or one without the question (2.1)."""
+    assert not masked.is_compiling()
+    seen = torch.compile(lambda x: x + int(masked.is_compiling()), backend="eager", fullgraph=True)(torch.zeros(()))
+    assert seen == 1
+
+
+def test_a_mask_of_another_kind_gets_help():
+    x = torch.rand(2, 3, 8)
+    mean = create_aggregator("mean", 8)
+    with pytest.raises(TypeError, match=r"got list; for the clips' lengths: torch.arange\(3\) < torch.as_tensor"):
+        mean(x, [3, 2])
+    with pytest.raises(TypeError, match=r"got torch.int64; for the clips' lengths: torch.arange\(3\)"):
+        mean(x, torch.tensor([3, 2]))
+    with pytest.raises(TypeError, match=r"got torch.float32; use mask.bool\(\)"):
+        mean(x, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"\[B, T\] = \[2, 3\], got \[1, 3\]"):
+        mean(x, torch.ones(1, 3, dtype=torch.bool))

@@ -6,7 +6,7 @@ import pkgutil
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-from .base import Aggregator, Criterion, Details, MapKind  # noqa: E402
+from .base import Aggregator, Criterion, Details, MapKind, join, take  # noqa: E402
 from .registry import (  # noqa: E402
     ClipConfig,
     Entry,
@@ -30,9 +30,11 @@ __all__ = [
     "Paper",
     "create_aggregator",
     "create_criterion",
+    "join",
     "list_aggregators",
     "list_criteria",
     "register_aggregator",
     "register_criterion",
     "registry_entry",
+    "take",
 ]

@@ -4,6 +4,8 @@ Conventions shared by all aggregators:
 
 * ``features`` are maps ``[B, T, C, H, W]``; aggregators with ``needs_maps = False`` also take vectors ``[B, T, C]``.
 * ``mask`` is bool ``[B, T]``, True = a real frame (:mod:`temporal_agg.masked`).
+* Where it can be exact (``supports_streaming``), tracklets may grow: ``begin``, ``update`` with their next frames,
+  ``read`` at any time. States of several tracklets are split and put together by :func:`take` and :func:`join`.
 * What a paper's losses need beside the embedding is in ``Details.supervised``, and its :class:`Criterion` stands in the
   paper's file. Classifiers, lookup tables and centres live there and not in the models, so that weights are free of
   any data set.
@@ -13,15 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree
 
 from .. import masked
 
-__all__ = ["Aggregator", "Criterion", "Details", "MapKind"]
+__all__ = ["Aggregator", "Criterion", "Details", "MapKind", "join", "take"]
 
 AXES = ("frames", "sources", "height", "width", "regions", "parts", "directions", "features")
 VALUES = ("unit", "share", "signed", "amount")
@@ -179,6 +182,109 @@ class Aggregator(nn.Module):
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         """The paper's formulas, on checked input whose padded entries are 0. To be implemented by the subclass."""
         raise NotImplementedError
+
+    # Streaming. A subclass that can says so by an empty streaming_reason and has _begin, _update and _read.
+
+    @property
+    def supports_streaming(self) -> bool:
+        """Whether :meth:`begin`, :meth:`update` and :meth:`read` are there, and exact with its options and its mode."""
+        return not self.streaming_reason
+
+    @property
+    def streaming_reason(self) -> str:
+        """Why streaming is not supported; "" where it is."""
+        return "it has no streaming form"
+
+    def begin(self, batch: int, like: Tensor | None = None) -> Any:
+        """The state of ``batch`` tracklets without any frame yet.
+
+        Args:
+            batch: the number of tracklets.
+            like: a tensor of the device and type that their features have; None = as the aggregator's parameters.
+
+        Returns:
+            A NamedTuple of tensors whose first dimension are the tracklets; :func:`take` and :func:`join` work on it.
+
+        Raises:
+            ValueError: an aggregator that does not support streaming (the message says why).
+        """
+        self._check_streaming()
+        if like is None:
+            like = next(self.parameters(), torch.empty(0))
+        return self._begin(batch, masked.at_least_float32(like.detach().new_empty(0)))
+
+    def update(self, state: Any, features: Tensor, mask: Tensor | None = None) -> Any:
+        """Takes up the next frames of each tracklet.
+
+        Args:
+            state: of :meth:`begin` or of the update before; it stays as it is.
+            features: ``[B, t, C, H, W]`` (or ``[B, t, C]`` unless ``needs_maps``), any t >= 1.
+            mask: bool ``[B, t]``, True = a real frame; None = all are real. A tracklet without a real frame here stays
+                what it was.
+
+        Returns:
+            The new state. The frames may be cut into updates anywhere.
+
+        Raises:
+            TypeError: a tensor of the wrong kind.
+            ValueError: a wrong shape, or no streaming.
+        """
+        self._check_streaming()
+        self._check(features, None, None)
+        if len(features) != len(state[0]):
+            raise ValueError(
+                f"{type(self).__name__}: expected features of the state's {len(state[0])} tracklets, got "
+                f"{list(features.shape)}."
+            )
+        if mask is None:
+            return self._update(state, features, masked.all_real(features))
+        masked.check(mask, (features.shape[0], features.shape[1]))
+        return self._update(state, masked.zero(features, mask), mask)
+
+    def read(self, state: Any) -> Details:
+        """Details of all frames so far: the embedding that :meth:`forward` gives for them.
+
+        ``mask`` and ``frame_weights`` have a column for each frame that the state remembers, the real ones first and in
+        order, and none where it forgets them. There are no maps.
+
+        Raises:
+            ValueError: a tracklet that has no frame yet (checked in eager mode only), or no streaming.
+        """
+        self._check_streaming()
+        empty = self._count(state) == 0
+        if not masked.is_compiling() and empty.any():
+            raise ValueError(
+                f"{type(self).__name__}: tracklets {empty.nonzero().flatten().tolist()} of the state have no frame yet."
+            )
+        details = self._read(state)
+        if not isinstance(details, Details):
+            none = details.new_zeros(len(details), 0)
+            return Details(details, none.bool(), masked.at_least_float32(none), {}, {})
+        return details
+
+    def _count(self, state: Any) -> Tensor:
+        """The number of real frames of each tracklet, ``[B]``."""
+        return state.mask.sum(1) if isinstance(state, Frames) else state.seen
+
+    def _begin(self, batch: int, like: Tensor) -> Any:
+        """:meth:`begin`, with ``like`` an empty tensor of at least float32."""
+        raise NotImplementedError
+
+    def _update(self, state: Any, features: Tensor, mask: Tensor) -> Any:
+        """:meth:`update`, on checked input whose padded entries are 0."""
+        raise NotImplementedError
+
+    def _read(self, state: Any) -> Tensor | Details:
+        """:meth:`read`, or the embedding alone where the state forgets its frames."""
+        raise NotImplementedError
+
+    def _like_parameters(self, x: Tensor) -> Tensor:
+        """``x`` in the type of the parameters, after ``.half()`` too; a state is kept in at least float32."""
+        return x.to(next(self.parameters()).dtype)
+
+    def _check_streaming(self) -> None:
+        if self.streaming_reason:
+            raise ValueError(f"{type(self).__name__} does not support streaming: {self.streaming_reason}.")
 
     def _cleaned(
         self, features: Tensor, mask: Tensor | None, frames: Tensor | None
@@ -352,3 +458,78 @@ def frame_vectors(features: Tensor) -> Tensor:
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """``sum_t weights[b, t] x[b, t, :]``: ``[B, T, C]`` -> ``[B, C]``."""
     return torch.einsum("bt,btc->bc", weights.to(x.dtype), x)
+
+
+State = TypeVar("State", bound=tuple)
+
+
+def take(state: State, rows: Tensor | slice | list[int]) -> State:
+    """The rows (tracklets) of a streaming state, in the order given."""
+    return type(state)(*(tensor[rows] for tensor in state))
+
+
+def join(states: "list[State]") -> State:
+    """One streaming state of all the states' tracklets, in order. What is shorter, or has no size yet, is filled up."""
+    columns = []
+    for tensors in zip(*states, strict=True):
+        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        columns.append(torch.cat([_filled(tensor, shape) for tensor in tensors]))
+    return type(states[0])(*columns)
+
+
+def _filled(x: Tensor, shape: "list[int]") -> Tensor:
+    """``x`` ``[B, *]`` with zeros behind in each dimension, to ``[B, *shape]``."""
+    short = [n for size, old in zip(reversed(shape), reversed(x.shape), strict=False) for n in (0, size - old)]
+    return F.pad(x, short) if any(short) else x
+
+
+class Frames(NamedTuple):
+    """A streaming state that remembers a vector for each frame, the real ones first and in order."""
+
+    vectors: Tensor  # [B, t, d]
+    mask: Tensor  # [B, t]
+
+    @classmethod
+    def begin(cls, batch: int, width: int, like: Tensor) -> "Frames":
+        return cls(like.new_zeros(batch, 0, width), like.new_zeros(batch, 0, dtype=torch.bool))
+
+    def add(self, vectors: Tensor, mask: Tensor) -> "Frames":
+        all_vectors, all_real = torch.cat([self.vectors, vectors], 1), torch.cat([self.mask, mask], 1)
+        if bool(all_real.all()):
+            return Frames(all_vectors, all_real)
+        order = masked.order(all_real)[:, : int(all_real.sum(1).amax())]
+        return Frames(masked.take(masked.zero(all_vectors, all_real), order), all_real.gather(1, order))
+
+
+class Softmaxed(NamedTuple):
+    """A running softmax over the frames and the sum that it weighs, for any number of scores a frame.
+
+    The largest score so far is taken out of the sums, so that none overflows.
+    """
+
+    highest: Tensor  # [B, *scores]
+    weight: Tensor  # [B, *scores]
+    total: Tensor  # [B, *scores, *rest]
+
+    @classmethod
+    def begin(cls, batch: int, scores: tuple[int, ...], rest: tuple[int, ...], like: Tensor) -> "Softmaxed":
+        highest = like.new_full((batch, *scores), float("-inf"))
+        return cls(highest, torch.zeros_like(highest), like.new_zeros(batch, *scores, *rest))
+
+    def add(self, scores: Tensor, values: Tensor, mask: Tensor) -> "Softmaxed":
+        """``scores`` ``[B, t, *scores]``, ``values`` ``[B, t, *scores, *rest]``, ``mask`` ``[B, t]``."""
+        mask = mask.view(mask.shape + (1,) * (scores.dim() - 2))
+        scores = masked.at_least_float32(scores).masked_fill(~mask, float("-inf"))
+        highest = torch.maximum(self.highest, scores.amax(1))
+        none = highest == float("-inf")
+        base = highest.masked_fill(none, 0)
+        old, new = (self.highest - base).exp(), (scores - base[:, None]).exp()
+        rest = self.total.dim() - old.dim()
+        weighed = new.view(new.shape + (1,) * rest) * values
+        return Softmaxed(
+            highest, self.weight * old + new.sum(1), self.total * old.view(old.shape + (1,) * rest) + weighed.sum(1)
+        )
+
+    def read(self) -> Tensor:
+        """The weighted mean, ``[B, *scores, *rest]``."""
+        return self.total / self.weight.view(self.weight.shape + (1,) * (self.total.dim() - self.weight.dim()))

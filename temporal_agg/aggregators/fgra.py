@@ -8,13 +8,15 @@ is a scaled feature map: its BatchNorm moments follow from each frame's mean and
 two means over ``sigmoid(slope * map + offset)``.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
 from ..losses import ConsistencyLoss, TripletLoss
-from .base import Aggregator, Criterion, Details, MapKind, aggregator_of, initial_classifier
+from .base import Aggregator, Criterion, Details, MapKind, Softmaxed, aggregator_of, initial_classifier
 from .registry import ClipConfig, Paper, register_aggregator
 
 __all__ = ["FGRA", "GAM", "FGRACriterion", "SpatialAttention", "TemporalAlignment", "TemporalAttention"]
@@ -285,8 +287,10 @@ class FGRACriterion(Criterion):
         self.weights = {"consistency": consistency_weight}
         self.classifier = initial_classifier(aggregator.num_features, num_classes)
         self.triplet = TripletLoss(margin)
-        self.template_reduction = self.template_classifiers = self.consistency = None
-        if aggregator.gam is not None:
+        self.template_reduction: nn.Linear | None = None
+        self.template_classifiers: nn.ModuleList | None = None
+        self.consistency: ConsistencyLoss | None = None
+        if aggregator.gam is not None and aggregator.local_reduction is not None:
             width, regions = aggregator.local_reduction.out_features, aggregator.num_regions
             self.template_reduction = nn.Linear(aggregator.in_features, width)
             self.template_classifiers = nn.ModuleList(initial_classifier(width, num_classes) for _ in range(regions))
@@ -300,7 +304,7 @@ class FGRACriterion(Criterion):
             "cross_entropy": F.cross_entropy(self.classifier(details.embedding), labels),  # Eq. 11
             "triplet": self.triplet(details.embedding, labels),  # Eq. 10
         }
-        if self.template_reduction is not None:
+        if self.template_reduction is not None and self.template_classifiers is not None:
             templates = self.template_reduction(details.supervised["templates"]).unbind(1)
             logits = [classify(x) for classify, x in zip(self.template_classifiers, templates, strict=True)]
             terms["template_cross_entropy"] = sum(F.cross_entropy(x, labels) for x in logits) / len(logits)
@@ -309,13 +313,26 @@ class FGRACriterion(Criterion):
             terms["consistency"] = self.consistency(details.supervised["regions"], labels, details.mask)  # Eq. 12
         return terms
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         centres = [] if self.consistency is None else list(self.consistency.parameters())
         others = [p for p in self.parameters() if all(p is not c for c in centres)]
-        groups = [{"params": others}]
+        groups: list[dict[str, Any]] = [{"params": others}]
         if centres:
             groups.append({"params": centres, "lr": 0.03, "weight_decay": 0.0})
         return groups
+
+
+class _Seen(NamedTuple):
+    """What FGRA keeps of a stream; where there is no local branch, of no regions."""
+
+    templates: Tensor  # [B, N_s, C], of the first frame
+    highest: Tensor  # [B], these three of base.Softmaxed, the global branch's
+    weight: Tensor  # [B]
+    total: Tensor  # [B, C]
+    region_highest: Tensor  # [B, N_s], or [B, N_s, C] for the alignment scores
+    region_weight: Tensor
+    region_total: Tensor  # [B, N_s, C]
+    seen: Tensor  # [B], the real frames
 
 
 @register_aggregator(
@@ -336,9 +353,11 @@ class FGRA(Aggregator):
     3. ``local_branch="stripes", temporal="average", spatial="concatenation"``
     4. ``temporal="average", spatial="concatenation"``
     5. ``temporal="attention", spatial="concatenation"``
-    6. ``spatial="concatenation"`` (and no consistency term in the criterion)
+    6. ``spatial="concatenation"``
     7. ``spatial="concatenation"``
     8. the default.
+
+    Rows 4 to 6 are without the consistency term: ``consistency_weight=0`` in the criterion.
 
     ``frame_weights`` are the global branch's temporal attention; without that branch, the mean of the regions' weights.
     ``maps``: ``region_scores`` ``[B, T, N_s]``, how much each frame counted in each region (mean over the channels; it
@@ -398,11 +417,15 @@ class FGRA(Aggregator):
                 self.maps["region_weights"] = MapKind(
                     ("regions",), "share", "spatial attention (Eq. 7)", over="regions"
                 )
-        self.global_attention = self.global_reduction = None
+        self.global_attention: TemporalAttention | None = None
+        self.global_reduction: nn.Linear | None = None
         if global_branch:
             self.global_attention = TemporalAttention(in_features)
             self.global_reduction = nn.Linear(in_features, reduced_features)
-        self.gam = self.temporal = self.spatial = self.local_reduction = None
+        self.gam: GAM | None = None
+        self.temporal: TemporalAlignment | TemporalAttention | None = None
+        self.spatial: SpatialAttention | None = None
+        self.local_reduction: nn.Linear | None = None
         if local_branch is not None:
             if local_branch == "aligned":
                 self.gam = GAM(in_features)
@@ -416,14 +439,13 @@ class FGRA(Aggregator):
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         vectors, maps, supervised = [], {}, {}
-        frame_weights = None
+        frame_weights = masked.uniform(mask, features)
         rows = features.sum(4) / features.shape[4]  # [B, T, C, H]: the one pass that vectors and stripes share
-        if self.global_attention is not None:
+        if self.global_attention is not None and self.global_reduction is not None:
             pooled, frame_weights = self.global_attention(rows.mean(3), mask)
             vectors.append(self.global_reduction(pooled))  # f_s,g
-        if self.local_branch is not None:
-            regions = F.adaptive_avg_pool1d(rows.flatten(0, 1), self.num_regions)  # [B * T, C, N_s]
-            regions = regions.transpose(1, 2).unflatten(0, mask.shape)
+        if self.local_reduction is not None:
+            regions = self._stripes(rows)
             if self.gam is not None:
                 templates = masked.take(regions, masked.order(mask))[:, 0]
                 regions, scores = self.gam(features, templates, mask)
@@ -440,7 +462,7 @@ class FGRA(Aggregator):
             if self.spatial is not None:
                 pooled, maps["region_weights"] = self.spatial(pooled)
             vectors.append(self.local_reduction(pooled).flatten(1))  # f_s,l
-            if frame_weights is None:
+            if self.global_attention is None:
                 frame_weights = weights.mean(2)
         return Details(torch.cat(vectors, 1), mask, frame_weights, maps, supervised)  # Eq. 9
 
@@ -458,3 +480,52 @@ class FGRA(Aggregator):
             _fill_gates(gates, features, slope[:, None, :, None, None], offset)
             maps.append(masked.zero(gates.mean(2), mask))
         return {"gates": torch.stack(maps, 1)}
+
+    def _stripes(self, rows: Tensor) -> Tensor:
+        """``[B, T, C, H]`` -> ``[B, T, N_s, C]``."""
+        stripes = F.adaptive_avg_pool1d(rows.flatten(0, 1), self.num_regions)  # [B * T, C, N_s]
+        return stripes.transpose(1, 2).unflatten(0, rows.shape[:2])
+
+    @property
+    def streaming_reason(self) -> str:
+        return "in training its BatchNorm has statistics of the whole clip; call .eval()" if self.training else ""
+
+    def _begin(self, batch: int, like: Tensor) -> _Seen:
+        C, N = self.in_features, self.num_regions if self.local_branch else 0
+        attended = Softmaxed.begin(batch, (), (C,), like)
+        scores, rest = ((N, C), ()) if isinstance(self.temporal, TemporalAlignment) else ((N,), (C,))
+        regions = Softmaxed.begin(batch, scores, rest, like)
+        return _Seen(like.new_zeros(batch, N, C), *attended, *regions, like.new_zeros(batch, dtype=torch.int64))
+
+    def _update(self, state: _Seen, features: Tensor, mask: Tensor) -> _Seen:
+        attended, aligned = Softmaxed(*state[1:4]), Softmaxed(*state[4:7])
+        templates = state.templates
+        rows = features.sum(4) / features.shape[4]
+        if self.global_attention is not None:
+            vectors = rows.mean(3)
+            attended = attended.add(self.global_attention.score(vectors).squeeze(-1), vectors, mask)
+        if self.local_branch is not None:
+            regions = self._stripes(rows)
+            scores = torch.zeros_like(regions[..., 0])
+            if self.gam is not None:
+                first = masked.take(regions, masked.order(mask))[:, 0].to(templates.dtype)
+                starts = (state.seen == 0) & mask.any(1)
+                templates = torch.where(starts[:, None, None], first, templates)
+                regions, aligned_scores = self.gam(features, templates.to(regions.dtype), mask)
+                if isinstance(self.temporal, TemporalAlignment):
+                    scores = aligned_scores
+            if isinstance(self.temporal, TemporalAttention):
+                scores = self.temporal.score(regions).squeeze(-1)
+            aligned = aligned.add(scores, masked.zero(regions, mask), mask)
+        return _Seen(templates, *attended, *aligned, state.seen + mask.sum(1))
+
+    def _read(self, state: _Seen) -> Tensor:
+        vectors = []
+        if self.global_reduction is not None:
+            vectors.append(self.global_reduction(self._like_parameters(Softmaxed(*state[1:4]).read())))
+        if self.local_reduction is not None:
+            pooled = self._like_parameters(Softmaxed(*state[4:7]).read())
+            if self.spatial is not None:
+                pooled, _ = self.spatial(pooled)
+            vectors.append(self.local_reduction(pooled).flatten(1))
+        return torch.cat(vectors, 1)

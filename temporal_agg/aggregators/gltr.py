@@ -19,6 +19,7 @@ from .base import (
     Aggregator,
     Criterion,
     Details,
+    Frames,
     MapKind,
     aggregator_of,
     frame_vectors,
@@ -131,8 +132,7 @@ class DTP(nn.Module):
 class TSA(nn.Module):
     """Temporal self-attention: every frame gathers from all frames through a T x T mask (Eqs. 3, 7).
 
-    B and C are followed by a BatchNorm, so they have no bias. W and its bias start at 0, so that the output starts as
-    the input.
+    B and C are followed by a BatchNorm, so they have no bias.
 
     Args:
         features: the channels of F', N*d.
@@ -140,10 +140,18 @@ class TSA(nn.Module):
         normalize: ``softmax``: what a frame gathers is a weighted mean over the sources. The paper prints none; the
             work it builds on, and its released code, have it. ``none``: as printed. The mask is then unbounded and what
             a frame gathers grows with T: at the paper's learning rate training diverges within a few steps.
+        start: of W: ``zero``, so that the output starts as the input, as in the work it builds on; nothing else of TSA
+            then has a gradient at the first step. ``small`` (ours): normal values of standard deviation 0.01; with W
+            away from zero TSA learned in a toy with a known answer (72.6 against 67.0 mAP).
+
+    Raises:
+        ValueError: an unknown ``normalize`` or ``start``.
     """
 
-    def __init__(self, features: int, reduction: int = 2, normalize: str = "softmax"):
+    def __init__(self, features: int, reduction: int = 2, normalize: str = "softmax", start: str = "zero"):
         super().__init__()
+        if start not in ("zero", "small"):
+            raise ValueError(f"TSA: start must be 'zero' or 'small', got {start!r}.")
         if normalize not in ("softmax", "none"):
             raise ValueError(f"TSA: normalize must be 'softmax' or 'none', got {normalize!r}.")
         hidden = features // reduction
@@ -154,7 +162,7 @@ class TSA(nn.Module):
         self.c_norm = masked.BatchNorm(hidden)
         self.value = nn.Linear(features, hidden)
         self.restore = nn.Linear(hidden, features)  # W
-        nn.init.zeros_(self.restore.weight)
+        nn.init.normal_(self.restore.weight, std=0.01 if start == "small" else 0.0)
         nn.init.zeros_(self.restore.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -248,8 +256,8 @@ class ReleasedTSA(TSA):
     def mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As :meth:`TSA.mean`; in training the BatchNorm wants every frame first."""
         if self.training:
-            M = self.relations(x, mask)
-            return masked.mean(self.gather(x, M, mask), mask), M.sum(2) / mask.sum(1, keepdim=True), M
+            whole = self.relations(x, mask)
+            return masked.mean(self.gather(x, whole, mask), mask), whole.sum(2) / mask.sum(1, keepdim=True), whole
         m, M = self._given(x, mask)
         return self.restore_norm(self.restore(self.g(weighted_sum(x, m)))) + masked.mean(x, mask), m, M
 
@@ -296,6 +304,7 @@ class GLTR(Aggregator):
             unused.
         tsa: False: DTP alone, the mean of its output (Table 2); ``normalize`` is unused. Without both, the mean of the
             frame embeddings.
+        start: of TSA's W, ``zero`` or ``small``.
     """
 
     def __init__(
@@ -307,19 +316,23 @@ class GLTR(Aggregator):
         normalize: str = "softmax",
         dtp: bool = True,
         tsa: bool = True,
+        start: str = "zero",
     ):
         rates = [2**n for n in range(branches)]  # r_n = 2^(n-1), Sec. 3.2
         local = DTP(embed_features, rates, pyramid) if dtp else None
         super().__init__(in_features, embed_features if local is None else local.num_features)
         self.embed = nn.Linear(in_features, embed_features)
         self.dtp = local
-        self.tsa: TSA | None = TSA(self.num_features, normalize=normalize) if tsa else None
+        self.tsa: TSA | None = TSA(self.num_features, normalize=normalize, start=start) if tsa else None
         if tsa:
             self.maps = {"tsa": _TSA_MAP if normalize == "softmax" else replace(_TSA_MAP, values="signed", over=None)}
         self.maps = {**self.maps, **self._stages()}
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
-        x = self.embed(frame_vectors(features))
+        return self._refine(self.embed(frame_vectors(features)), mask)
+
+    def _refine(self, x: Tensor, mask: Tensor) -> Details:
+        """What stands behind the frame embeddings ``[B, T, d]``."""
         if self.dtp is not None:
             x = self.dtp(x, mask)  # Eq. 2
         if self.tsa is None:
@@ -340,9 +353,22 @@ class GLTR(Aggregator):
         kinds = {name: MapKind(("frames", "features"), "signed", title) for name, title in names.items()}
         return {**kinds, "mean": MapKind(("features",), "signed", "f, their mean (Eq. 4)")}
 
+    # DTP looks ahead, and TSA at every pair of frames: a stream keeps the frame embeddings.
+    streaming_reason = ""
+
+    def _begin(self, batch: int, like: Tensor) -> Frames:
+        return Frames.begin(batch, self.embed.out_features, like)
+
+    def _update(self, state: Frames, features: Tensor, mask: Tensor) -> Frames:
+        return state.add(self.embed(frame_vectors(features)), mask)
+
+    def _read(self, state: Frames) -> Details:
+        details = self._refine(self._like_parameters(state.vectors), state.mask)
+        return details._replace(maps={})
+
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
-        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F', ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f ``[B, N*d]``,
-        and ``tsa``. Without DTP there is no F', without TSA no F''.
+        """Fig. 3: ``embedded`` F ``[B, T, d]``, ``local`` F' and ``gathered`` F'' ``[B, T, N*d]``, ``mean`` f
+        ``[B, N*d]``, and ``tsa``. Without DTP there is no F', without TSA no F''.
         """
         x = self.embed(frame_vectors(features))
         maps = {"embedded": masked.zero(x, mask), "mean": details.embedding}

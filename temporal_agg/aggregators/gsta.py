@@ -6,7 +6,7 @@ The paper does not say how wide the hidden state is, nor which form of ConvLSTM 
 convolutions, no peepholes, a zero initial state, a forget gate that starts open (bias 1).
 """
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from .. import masked
 from ..losses import PyramidRankingLoss, TripletLoss
-from .base import Aggregator, Criterion, Details, aggregator_of, frame_vectors, initial_classifier, weighted_sum
+from .base import (
+    Aggregator,
+    Criterion,
+    Details,
+    Softmaxed,
+    aggregator_of,
+    frame_vectors,
+    initial_classifier,
+    weighted_sum,
+)
 from .registry import ClipConfig, Paper, register_aggregator, register_criterion
 
 __all__ = ["GSTA", "ConvLSTM", "GSTACriterion"]
@@ -57,8 +66,9 @@ class ConvLSTM(nn.Module):
     def reset_parameters(self) -> None:
         self.input.reset_parameters()
         self.recurrent.reset_parameters()
-        nn.init.zeros_(self.input.bias)
-        nn.init.ones_(self.input.bias[self.hidden_channels : 2 * self.hidden_channels])
+        bias = self.input.get_parameter("bias")
+        nn.init.zeros_(bias)
+        nn.init.ones_(bias[self.hidden_channels : 2 * self.hidden_channels])
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Runs over the frames in order.
@@ -78,13 +88,14 @@ class ConvLSTM(nn.Module):
             zeros = masked.at_least_float32(from_input.new_zeros(B, self.hidden_channels, H, W))
             state = zeros, zeros
         h, c = state
-        real = None if mask is None else mask[..., None, None, None].unbind(1)
+        real = (None,) * T if mask is None else mask[..., None, None, None].unbind(1)
         outputs = []
-        for t, from_x in enumerate(from_input.unbind(1)):
+        for from_x, is_real in zip(from_input.unbind(1), real, strict=True):
             i, f, g, o = (masked.at_least_float32(from_x) + self.recurrent(h.to(from_x.dtype))).chunk(4, 1)
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             new_h = o.sigmoid() * new_c.tanh()
-            h, c = (new_h, new_c) if mask is None else (torch.where(real[t], new_h, h), torch.where(real[t], new_c, c))
+            h = new_h if is_real is None else torch.where(is_real, new_h, h)
+            c = new_c if is_real is None else torch.where(is_real, new_c, c)
             outputs.append(h.to(x.dtype))
         return torch.stack(outputs, 1), (h, c)
 
@@ -119,6 +130,18 @@ class GSTACriterion(Criterion):
         return terms
 
 
+class _Seen(NamedTuple):
+    """What GSTA keeps of a stream."""
+
+    h: Tensor  # [B, hidden, H, W], of no size before the first frame
+    c: Tensor
+    highest: Tensor  # [B], these three of base.Softmaxed
+    weight: Tensor  # [B]
+    total: Tensor  # [B, hidden]
+    residual: Tensor  # [B, C], the sum of the frame vectors
+    seen: Tensor  # [B], the real frames
+
+
 @register_aggregator(
     "gsta",
     criterion=GSTACriterion,
@@ -137,49 +160,59 @@ class GSTA(Aggregator):
         in_features: C.
         hidden_features: the channels of the ConvLSTM's state (the paper does not say; ours). At C = 2048 the
             ConvLSTM has 47 million parameters by default, and would have 302 million at a width of 2048.
+        start: of W9: ``random``, torch's values; or ``zero``, so that the embedding starts as the maps' mean, where an
+            existing embedding was trained (ours).
+
+    Raises:
+        ValueError: an unknown ``start``.
     """
 
     needs_maps = True
     is_recurrent = True
 
-    def __init__(self, in_features: int, hidden_features: int = 512):
+    def __init__(self, in_features: int, hidden_features: int = 512, start: str = "random"):
+        if start not in ("random", "zero"):
+            raise ValueError(f"GSTA: start must be 'random' or 'zero', got {start!r}.")
         super().__init__(in_features, in_features)
         self.lstm = ConvLSTM(in_features, hidden_features)
         self.squeeze = nn.Linear(hidden_features, max(1, hidden_features // 16))  # W7, b7
         self.score = nn.Linear(self.squeeze.out_features, 1, bias=False)  # W8
         self.project = nn.Linear(hidden_features, in_features, bias=False)  # W9
+        if start == "zero":
+            nn.init.zeros_(self.project.weight)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         hidden, _ = self.lstm(features, mask=mask)
-        return self._attend(frame_vectors(hidden), frame_vectors(features), mask, {"features": features})  # Eq. 6
+        h = frame_vectors(hidden)  # Eq. 6
+        weights = masked.softmax(self._scores(h), mask)  # Eq. 7
+        embedding = self.project(weighted_sum(h, weights)) + masked.mean(frame_vectors(features), mask)  # Eq. 8
+        return Details(embedding, mask, weights, {}, {"features": features})
 
-    def stream(self, chunks: Iterable[Tensor]) -> Details:
-        """Aggregates tracklets of any length without ever holding all of their maps.
+    def _scores(self, h: Tensor) -> Tensor:
+        return self.score(F.relu(self.squeeze(h))).squeeze(-1)
 
-        Args:
-            chunks: maps ``[B, t, C, H, W]`` of successive frames, each t >= 1; for instance a generator that runs the
-                backbone. Every frame is real. Under ``torch.no_grad`` a chunk is let go before the next one is asked
-                for; what stays are its vectors ``[B, t, hidden + C]``.
+    streaming_reason = ""
 
-        Returns:
-            What one pass over the concatenated chunks returns, but without ``supervised``.
+    def _begin(self, batch: int, like: Tensor) -> _Seen:
+        hidden = self.lstm.hidden_channels
+        nothing, none = like.new_zeros(batch, hidden, 0, 0), like.new_zeros(batch, dtype=torch.int64)
+        attended = Softmaxed.begin(batch, (), (hidden,), like)
+        return _Seen(nothing, nothing, *attended, like.new_zeros(batch, self.in_features), none)
 
-        Raises:
-            ValueError: a wrong shape, or no chunk at all.
-        """
-        hidden_vectors, vectors, state = [], [], None
-        for chunk in chunks:
-            self._check(chunk, None, None)
-            hidden, state = self.lstm(chunk, state)
-            hidden_vectors.append(frame_vectors(hidden))
-            vectors.append(frame_vectors(chunk))
-            del chunk, hidden  # or they would live on while the next chunk is made
-        if not vectors:
-            raise ValueError("GSTA.stream: expected at least one chunk of maps [B, t, C, H, W], got none.")
-        x = torch.cat(vectors, 1)
-        return self._attend(torch.cat(hidden_vectors, 1), x, masked.all_real(x), {})
+    def _update(self, state: _Seen, features: Tensor, mask: Tensor) -> _Seen:
+        h, c, *attended, residual, seen = state
+        if not h.shape[2:].numel():
+            h = c = h.new_zeros(*h.shape[:2], *features.shape[3:])
+        if h.shape[2:] != features.shape[3:]:
+            raise ValueError(
+                f"GSTA: expected maps of the size {list(h.shape[2:])} as before, got {list(features.shape)}."
+            )
+        hidden, (h, c) = self.lstm(features, (h, c), mask)
+        vectors = frame_vectors(hidden)
+        softmaxed = Softmaxed(*attended).add(self._scores(vectors), vectors, mask)
+        residual = residual + masked.at_least_float32(frame_vectors(features)).sum(1)
+        return _Seen(h, c, *softmaxed, residual, seen + mask.sum(1))
 
-    def _attend(self, h: Tensor, f: Tensor, mask: Tensor, supervised: dict[str, Tensor]) -> Details:
-        weights = masked.softmax(self.score(F.relu(self.squeeze(h))).squeeze(-1), mask)  # Eq. 7
-        embedding = self.project(weighted_sum(h, weights)) + masked.mean(f, mask)  # Eq. 8
-        return Details(embedding, mask, weights, {}, supervised)
+    def _read(self, state: _Seen) -> Tensor:
+        attended = self._like_parameters(Softmaxed(*state[2:5]).read())
+        return self.project(attended) + state.residual / state.seen[:, None]  # Eq. 8

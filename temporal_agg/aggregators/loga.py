@@ -41,9 +41,10 @@ class LAQ(nn.Module):
     A frame is flattened to H*W values and cut into M = floor(H*W / S) parts of S values in a row; what is left over is
     dropped. The T frames are the channels of the convolution.
 
-    Nothing nonlinear stands between the convolution and the mean over parts, so :meth:`forward` takes the mean first,
-    and one product with S numbers per frame is left. It follows that a frame's weight depends on no more than the S
-    means of every S-th value of each frame. :meth:`part_scores` has the parts one by one.
+    As printed nothing nonlinear stands between the convolution and the mean over parts, so :meth:`forward` takes the
+    mean first, and one product with S numbers per frame is left. It follows that a frame's weight depends on no more
+    than the S means of every S-th value of each frame: its brightness. Over 99.7 % of the variance of those numbers was
+    that of the mean pixel (measured); ``nonlinearity`` changes it. :meth:`part_scores` has the parts one by one.
 
     The paper's frames have one channel; ours is the mean of the channels given. The convolution's bias, and the MLP's,
     which starts at 1 (the softmax does not see it, and no unit starts dead), are ours.
@@ -51,10 +52,18 @@ class LAQ(nn.Module):
     Args:
         clip_length: T.
         part_size: S, values in a part.
+        nonlinearity: between convolution and mean: None, as printed, or ``relu`` (ours), under which a part counts by
+            what is in it.
+
+    Raises:
+        ValueError: an unknown nonlinearity.
     """
 
-    def __init__(self, clip_length: int = 10, part_size: int = 10):
+    def __init__(self, clip_length: int = 10, part_size: int = 10, nonlinearity: str | None = None):
         super().__init__()
+        if nonlinearity not in (None, "relu"):
+            raise ValueError(f"LAQ: nonlinearity must be None or 'relu', got {nonlinearity!r}.")
+        self.nonlinearity = nonlinearity
         self.clip_length = clip_length
         self.part_size = part_size
         self.convolution = nn.Conv1d(clip_length, clip_length, part_size, stride=part_size)  # F
@@ -80,6 +89,9 @@ class LAQ(nn.Module):
             ValueError: another T, or fewer than S values in a frame.
         """
         mask = self._check(frames, mask)
+        if self.nonlinearity == "relu":
+            pooled = self.part_scores(frames, mask).mean(2)
+            return masked.softmax(self.mlp(pooled).relu(), mask)
         S = self.part_size
         parts = frames.flatten(3)[..., : frames.shape[3] * frames.shape[4] // S * S].unflatten(3, (-1, S))
         strided_means = masked.zero(parts.mean((2, 3)), mask)  # [B, T, S]
@@ -89,7 +101,8 @@ class LAQ(nn.Module):
     def part_scores(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
         """The importance of each part of each frame, w~_l of Eq. 5: ``[B, T, M]``. Arguments as in :meth:`forward`."""
         mask = self._check(frames, mask)
-        return self.convolution(masked.zero(frames.mean(2).flatten(2), mask))  # Eq. 5
+        scores = self.convolution(masked.zero(frames.mean(2).flatten(2), mask))  # Eq. 5
+        return scores if self.nonlinearity is None else scores.relu()
 
     def _check(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         T, S = self.clip_length, self.part_size
@@ -101,7 +114,7 @@ class LAQ(nn.Module):
         return masked.all_real(frames) if mask is None else mask
 
     def extra_repr(self) -> str:
-        return f"clip_length={self.clip_length}, part_size={self.part_size}"
+        return f"clip_length={self.clip_length}, part_size={self.part_size}, nonlinearity={self.nonlinearity!r}"
 
 
 class GCQ(nn.Module):
@@ -111,12 +124,21 @@ class GCQ(nn.Module):
 
     Args:
         num_features: D.
-        scale: divides the logits; None = as printed. They are sums over D products of unit variance: at D = 2048 an
-            untrained model gives nearly all weight to one frame, unless scale = sqrt(D).
+        scale: divides the logits; None = as printed, ``sqrt`` = sqrt(D), or a number. They are sums over D products of
+            unit variance: as printed, at D = 2048 an untrained model gives nearly all weight to one frame, and wrecks
+            its backbone: the frame vectors' gradient through the logits is 53 times that through p at the start, and
+            0.25 times with ``sqrt`` (measured).
+
+    Raises:
+        ValueError: another word, or a number that is not positive.
     """
 
-    def __init__(self, num_features: int, scale: float | None = None):
+    def __init__(self, num_features: int, scale: float | str | None = None):
         super().__init__()
+        if scale == "sqrt":
+            scale = num_features**0.5
+        if scale is not None and (isinstance(scale, str) or not scale > 0):
+            raise ValueError(f"GCQ: scale must be None, 'sqrt' or a positive number, got {scale!r}.")
         self.scale = scale
         self.query = nn.Linear(num_features, num_features, bias=False)
         self.query_norm = masked.BatchNorm(num_features)
@@ -164,6 +186,12 @@ class LOGACriterion(BaselineCriterion):
         margin: of the triplet loss.
         mining: ``random`` as printed, or ``hard``, as in the work that the paper cites for the loss.
         generator: draws the triplets; None = torch's global generator.
+        neck: a BatchNorm in front of classifier and triplet, as in the released code of the work whose settings LOGA
+            shares (AP3D); the paper has none.
+        distance: of the triplet: ``euclidean``, or ``cosine`` as in that code.
+
+    Neck, cosine triplet, the last layer at zero and logits over sqrt(D) together brought 22.7 -> 64.0 mAP in the study
+    of drawn figures (mean pooling: 66.1; one seed).
     """
 
     def __init__(
@@ -173,9 +201,11 @@ class LOGACriterion(BaselineCriterion):
         margin: float | None = 0.3,
         mining: str = "random",
         generator: torch.Generator | None = None,
+        neck: bool = False,
+        distance: str = "euclidean",
     ):
-        super().__init__(num_classes, model)
-        self.triplet = TripletLoss(margin, mining, generator)  # Eq. 11
+        super().__init__(num_classes, model, neck=neck)
+        self.triplet = TripletLoss(margin, mining, generator, distance)  # Eq. 11
 
 
 @register_aggregator(
@@ -188,8 +218,9 @@ class LOGACriterion(BaselineCriterion):
 class LOGA(Aggregator):
     """LAQ's weights make a prototype of the clip, GCQ's correlations with it a residual; D = C.
 
-    The frame weights are (w_l + w_g) / 2; ``maps`` has both, ``laq`` and ``gcq`` ``[B, T]``, and those of
-    :meth:`inspect` the parts of Fig. 7, too.
+    The last Linear starts at zero, so that the embedding starts as p, to which it adds a residual (ours). The frame
+    weights are (w_l + w_g) / 2; ``maps`` has both, ``laq`` and ``gcq`` ``[B, T]``, and those of :meth:`inspect` the
+    parts of Fig. 7, too.
 
     Args:
         in_features: C.
@@ -202,7 +233,8 @@ class LOGA(Aggregator):
             not give the formulas of the last two; ours.
         quality: what LAQ reads: ``frames``, the images, as in the paper; or ``features``, the maps, for who has only
             those (ours).
-        scale: of GCQ.
+        scale: of GCQ: None, as printed, ``sqrt`` (the recipe's) or a number.
+        nonlinearity: of LAQ: None, as printed, or ``relu``.
     """
 
     def __init__(
@@ -213,7 +245,8 @@ class LOGA(Aggregator):
         *,
         assembly: str = "associatively",
         quality: str = "frames",
-        scale: float | None = None,
+        scale: float | str | None = None,
+        nonlinearity: str | None = None,
     ):
         assemblies = ("associatively", "separately", "directly", "laq", "gcq")
         if assembly not in assemblies:
@@ -233,17 +266,19 @@ class LOGA(Aggregator):
             self.clip_length = clip_length
             self.needs_frames = quality == "frames"
             self.needs_maps = quality == "features"
-            self.laq = LAQ(clip_length, part_size)
+            self.laq = LAQ(clip_length, part_size, nonlinearity)
         if assembly != "laq":
             self.gcq = GCQ(in_features, scale)
             self.fc = nn.Linear(in_features, in_features)
+            nn.init.zeros_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)
 
     def aggregate(self, features: Tensor, mask: Tensor, frames: Tensor | None) -> Details:
         e = frame_vectors(features)
         if self.assembly == "gcq":
             w_l = masked.uniform(mask, e)
         else:
-            w_l = self.laq(features if self.quality == "features" else frames, mask)  # Eq. 1
+            w_l = self.laq(features if self.quality == "features" or frames is None else frames, mask)  # Eq. 1
         p = weighted_sum(e, w_l)  # Eq. 2
         if self.assembly == "laq":
             return Details(p, mask, w_l, {"laq": w_l}, {})
@@ -269,6 +304,12 @@ class LOGA(Aggregator):
         scores = masked.zero(self.laq.part_scores(features, mask), mask).repeat_interleave(self.laq.part_size, 2)
         H, W = features.shape[3:]
         return {"parts": F.pad(scores, (0, H * W - scores.shape[2])).unflatten(2, (H, W))}
+
+    @property
+    def streaming_reason(self) -> str:
+        if self.clip_length is not None:
+            return f"its clips have exactly {self.clip_length} frames, and LAQ has a weight for each place; embed clips"
+        return "GCQ compares every frame with the mean of all of them; embed clips"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, assembly={self.assembly!r}, quality={self.quality!r}"

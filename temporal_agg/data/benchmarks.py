@@ -187,7 +187,7 @@ def _index_mars(disk: Disk, corrected: bool) -> Parts:
             rows = matrix(disk.at(info), None, columns=6)
         else:
             rows = matrix(disk.at(disk.find(info)), f"track_{part}_info", columns=4)
-            rows = np.insert(rows, 4, [rows[:, 2], np.zeros(len(rows), np.int64)], axis=1)
+            rows = np.column_stack([rows, rows[:, 2], np.zeros(len(rows), np.int64)])
         images, folder, present = disk.find(f"bbox_{part}/bbox_{part}", f"bbox_{part}"), "", set[str]()
         for number, (first, last, pid, camera, counts, other) in enumerate(rows.tolist(), 1):
             where = f"{disk.at(info)}, row {number}"

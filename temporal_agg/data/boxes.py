@@ -139,7 +139,14 @@ def read_boxes(
     if columns is None and _is_header(lines[0][1]):
         rows, layout, name = _from_csv(file, lines[0][1])
     else:
+        lines = lines[_is_header(lines[0][1]) :]  # the columns that were asked for count
+        if not lines:
+            raise ValueError(f"{file} has no box below its header.")
         rows = [(f"{file}, line {number}", _numbers(line, f"{file}, line {number}")) for number, line in lines]
+        while min(len(values) for _, values in rows) > len(_PLACE) and all(
+            math.isnan(values[-1]) for _, values in rows
+        ):
+            rows = [(where, values[:-1]) for where, values in rows]  # a comma at the end of each line
         name, layout = _layout(file, [values for _, values in rows], columns, truth)
     found = Boxes([], name, layout.first_frame, len(rows))
     people = _classes(file, rows, layout, classes)
@@ -227,7 +234,9 @@ def _number(word: str) -> float | None:
 
 
 def _numbers(line: str, where: str) -> Row:
-    values = [_number(word) for word in line.replace(",", " ").split()]
+    separator = next((mark for mark in ",;\t" if mark in line), None)
+    words = [word.strip() for word in line.split(separator)]
+    values = [_number(word) if word else math.nan for word in words]
     if None in values or len(values) < len(_PLACE):
         raise ValueError(f"{where}: expected frame,id,left,top,width,height and so on, got {line[:80]!r}.")
     return [value for value in values if value is not None]
@@ -277,7 +286,9 @@ def _layout(file: Path, rows: list[Row], columns: str | None, truth: bool) -> tu
             f"{file}: its lines have {min(counts)} to {max(counts)} columns: say what they are by --columns."
         )
     fitting = [name for name, layout in LAYOUTS.items() if _fits(rows, layout.columns)]
-    if n <= 7 or (n <= 10 and all(value < 0 for row in rows for value in row[7:])):  # nothing known behind the seventh
+    if n <= 7 or (
+        n <= 10 and not any(value >= 0 for row in rows for value in row[7:])
+    ):  # nothing known behind the seventh
         fitting = [name for name in ("mot-gt" if n < 10 else "mot15-gt", "mot") if name == "mot" or name in fitting]
         fitting = fitting[:1] if truth else ["mot"]
     elif n == 10:
@@ -316,7 +327,7 @@ def _fits(rows: list[Row], columns: tuple[str, ...]) -> bool:
     """Whether the values can be what a layout has in its columns."""
     for row in rows:
         for column, value in zip(columns[6:], row[6:], strict=False):
-            if not math.isfinite(value) or not FITS.get(column, math.isfinite)(value):
+            if not math.isnan(value) and not (math.isfinite(value) and FITS.get(column, math.isfinite)(value)):
                 return False
     if "detection" not in columns[: len(rows[0])]:
         return True

@@ -37,9 +37,9 @@ def matrix(
     """
     try:
         if hdf5:
-            from h5py import File  # type: ignore[import-untyped]
+            from h5py import File
         else:
-            from scipy.io import loadmat  # type: ignore[import-untyped]
+            from scipy.io import loadmat
     except ImportError as error:
         library = "h5py" if hdf5 else "scipy"
         raise ImportError(f"reading {file} needs {library}: pip install temporal-agg[benchmarks].") from error

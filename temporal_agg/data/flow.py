@@ -111,6 +111,8 @@ def read_flow(path: str | Path, indices: Iterable[int], num_frames: int, owner: 
         FlowError: no such file, or one that is damaged or made for another number of frames.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no regular file")
         with open(path, "rb") as file:
             header, index, start = _head(file)
             if header["frames"] != num_frames:

@@ -98,9 +98,10 @@ class Tracklet:
         if len(self.frames) == 0:
             raise ValueError(f"{self._label()} has no frame: leave it out or give it at least one.")
         check_ids(self.pid, self.camera, self._label())
-        if self._has_flow_arrays() and len(self.flow) != len(self.frames):
+        flow = self.flow
+        if flow is not None and not isinstance(flow, (str, Path)) and len(flow) != len(self.frames):
             raise ValueError(
-                f"{self._label()} has {len(self.frames)} frames and flow for {len(self.flow)}: give one array a frame "
+                f"{self._label()} has {len(self.frames)} frames and flow for {len(flow)}: give one array a frame "
                 "(the last frame repeats the one before)."
             )
 

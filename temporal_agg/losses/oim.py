@@ -35,17 +35,26 @@ class OIMLoss(nn.Module):
         self.scale = scale
         self.momentum = momentum
         self.register_buffer("table", torch.zeros(num_classes, num_features))
-        self._samples: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._samples: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def forward(self, embeddings: Tensor, labels: Tensor, mask: Tensor | None = None, turn: int = 0) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        turn: int | Tensor = 0,
+        ahead: bool = False,
+    ) -> Tensor:
         """Computes the loss, and in training mode remembers the samples for :meth:`after_step`.
 
         Args:
             embeddings: ``[N, D]``, L2-normalised.
             labels: int64 ``[N]``.
             mask: bool ``[N]``, the samples that count, for the loss and for the table; None = all.
-            turn: for several losses that share the table: the samples of a step enter it by turn, lowest first,
+            turn: of all samples, or of each ``[N]``: the samples of a step enter the table by turn, lowest first,
                 whatever the order of the calls.
+            ahead: in training the gradient is taken with the table as the samples remembered so far will leave it; the
+                value is not. It is what comes of code that updates its table in the backward pass.
 
         Raises:
             ValueError: shapes that do not fit each other or the table.
@@ -60,20 +69,33 @@ class OIMLoss(nn.Module):
             )
         with torch.autocast(embeddings.device.type, enabled=False):
             x = masked.at_least_float32(embeddings)
-            loss = F.cross_entropy(self.scale * x @ self.table.to(x.dtype).T, labels, reduction="none")
+            similarities = x @ self.table.to(x.dtype).T
+            if ahead and self.training:
+                moved = x @ self._taken_up().to(x.dtype).T
+                similarities = similarities.detach() + (moved - moved.detach())
+            loss = F.cross_entropy(self.scale * similarities, labels, reduction="none")
         if self.training:
-            self._samples.append((turn, x.detach(), labels, mask))
+            turns = torch.as_tensor(turn, device=labels.device).expand(labels.shape)
+            self._samples.append((turns, x.detach(), labels, mask))
         return torch.where(mask, loss, 0).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Takes up the remembered samples, in order: row = m * row + (1 - m) * x, then L2-normalised."""
-        samples = sorted(self._samples, key=lambda sample: sample[0])
-        self._samples = []
-        if not samples:
-            return
-        x, labels, mask = (torch.cat(column) for column in list(zip(*samples, strict=True))[1:])
-        x, labels = x[mask], labels[mask]
+        if self._samples:
+            self.table.copy_(self._taken_up())
+            self._samples = []
+
+    @torch.no_grad()
+    def _taken_up(self) -> Tensor:
+        """The table with the remembered samples, by turn."""
+        table = self.table.clone()
+        if not self._samples:
+            return table
+        turns, x, labels, mask = (torch.cat(column) for column in list(zip(*self._samples, strict=True)))
+        in_turn = turns.argsort(stable=True)
+        in_turn = in_turn[mask[in_turn]]
+        x, labels = x[in_turn], labels[in_turn]
         # Identities do not touch each other's rows: one round takes the k-th sample of every identity that has one.
         order = labels.argsort(stable=True)
         rows, counts = labels.unique(return_counts=True)
@@ -81,8 +103,9 @@ class OIMLoss(nn.Module):
         for k in range(max(counts.tolist(), default=0)):
             more = counts > k
             row = rows[more]
-            update = self.momentum * self.table[row] + (1 - self.momentum) * x[order[first[more] + k]]
-            self.table[row] = F.normalize(update, dim=1).to(self.table.dtype)
+            update = self.momentum * table[row] + (1 - self.momentum) * x[order[first[more] + k]].to(table.dtype)
+            table[row] = F.normalize(masked.at_least_float32(update), dim=1).to(table.dtype)
+        return table
 
     def extra_repr(self) -> str:
         return f"{list(self.table.shape)}, scale={self.scale}, momentum={self.momentum}"

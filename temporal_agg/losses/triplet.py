@@ -32,10 +32,20 @@ class TripletLoss(nn.Module):
         mining: ``hard``: the farthest positive and the nearest negative in the batch; ``random``: one of each, drawn
             uniformly for each anchor.
         generator: draws the random triplets; None = torch's global generator.
+        distance: ``euclidean``, or ``cosine``: 1 - cosine.
     """
 
-    def __init__(self, margin: float | None = 0.3, mining: str = "hard", generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        margin: float | None = 0.3,
+        mining: str = "hard",
+        generator: torch.Generator | None = None,
+        distance: str = "euclidean",
+    ):
         super().__init__()
+        if distance not in ("euclidean", "cosine"):
+            raise ValueError(f"distance must be 'euclidean' or 'cosine', got {distance!r}.")
+        self.distance = distance
         if mining not in ("hard", "random"):
             raise ValueError(f"mining must be 'hard' or 'random', got {mining!r}.")
         self.margin = margin
@@ -56,7 +66,12 @@ class TripletLoss(nn.Module):
             raise ValueError(
                 f"expected embeddings [N, D] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."
             )
-        distances = euclidean_distances(embeddings, embeddings)
+        if self.distance == "cosine":
+            with torch.autocast(embeddings.device.type, enabled=False):
+                unit = F.normalize(masked.at_least_float32(embeddings), dim=1)
+                distances = 1 - unit @ unit.T
+        else:
+            distances = euclidean_distances(embeddings, embeddings)
         same = labels[:, None] == labels
         positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         inf = float("inf")
@@ -76,4 +91,4 @@ class TripletLoss(nn.Module):
         return key.masked_fill(~allowed, -1).argmax(1, keepdim=True)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, mining={self.mining!r}"
+        return f"margin={self.margin}, mining={self.mining!r}, distance={self.distance!r}"

@@ -38,7 +38,8 @@ _KINDS: dict[str, type] = {
 _OPTIONAL: dict[str, type] = {"weights": str}
 _NOT_IN_CONFIG = {"pretrained", "grad_checkpointing"}  # arguments that leave the loaded model what it is
 _DATA = ("input_size", "mean", "std", "interpolation")
-_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
+_BRIGHTEST = 255  # of any pixel, in any unit
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact", "lanczos", "hamming", "box")  # torchvision's
 
 Model = TypeVar("Model", bound=TrackletModel)
 
@@ -111,6 +112,17 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     return config
+
+
+def differences(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """The options in which a model is not the one that a ``config.json`` describes, each with both values."""
+    ours, theirs = describe(model), read(path)
+    return [
+        f"{part}.{key} is {ours[part].get(key)!r}, there {theirs[part].get(key)!r}"
+        for part in ("encoder", "aggregator")
+        for key in {**ours[part], **theirs[part]}
+        if key != "img_size" and json.dumps(ours[part].get(key)) != json.dumps(theirs[part].get(key))
+    ]
 
 
 def build(path: str | os.PathLike, cls: type[Model] = TrackletModel, **changes: Any) -> Model:  # type: ignore[assignment]
@@ -189,18 +201,20 @@ def _check(config: dict[str, Any]) -> None:
             raise ValueError(f"versions.{key} must be a string, got {value!r}.")
 
 
-def _check_data(data: dict[str, Any], img_size: list[int] | None) -> None:
+def _check_data(data: dict[str, Any], img_size: list[int]) -> None:
     if data.keys() != set(_DATA):
         raise ValueError(f"data_config must have {', '.join(_DATA)} and nothing else, got {', '.join(data) or 'none'}.")
     size, interpolation = data["input_size"], data["interpolation"]
     if not _fits(size, tuple[int, int, int]) or size[0] != 3 or min(size) < 1:
         raise ValueError(f"data_config.input_size must be [3, height, width], got {size!r}.")
-    if img_size is not None and list(size[1:]) != list(img_size):
+    if size[1:] != img_size:
         raise ValueError(f"data_config.input_size is {size}, but encoder.img_size {img_size}: they must be the same.")
     for key in ("mean", "std"):
-        if not _fits(data[key], tuple[float, float, float]) or (key == "std" and min(data[key]) <= 0):
-            what = "positive numbers" if key == "std" else "numbers"
-            raise ValueError(f"data_config.{key} must be three {what}, got {data[key]!r}.")
+        least = 1e-6 if key == "std" else -_BRIGHTEST
+        if not _fits(data[key], tuple[float, float, float]) or not all(least <= x <= _BRIGHTEST for x in data[key]):
+            raise ValueError(
+                f"data_config.{key} must be three numbers from {least} to {_BRIGHTEST}, got {data[key]!r}."
+            )
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(
             f"data_config.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {interpolation!r}."

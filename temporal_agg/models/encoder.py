@@ -159,8 +159,9 @@ class FrameEncoder(nn.Module):
         """The layout in which it is fastest, for ``encoder.to(memory_format=...)`` and its frames: ``channels_last``
         for convolutional backbones, ``contiguous_format`` for transformers.
 
-        What counts is that of the layers with weights more than one in 16 is a convolution wider than 1x1: of resnet50's
-        32 %, of efficientnet_b0's 20 %, of maxvit_nano's 9 %; Swin and ViT have one in 50, their patch embedding.
+        What counts is that of the layers with weights more than one in 16 is a convolution wider than 1x1: 32 % of
+        resnet50's are, 20 % of efficientnet_b0's, 9 % of maxvit_nano's; Swin and ViT have one in 50, their patch
+        embedding.
         """
         layers = [module for module in self.backbone.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         wide = sum(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in layers)
@@ -355,7 +356,7 @@ def check_backbone_name(name: str) -> None:
             "pass the instance."
         )
     if not timm.is_model(arch):
-        near = [prefix + other for other in difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)]
+        near = [prefix + close for close in difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(f"timm {timm.__version__} has no model named {arch!r}; {hint}See timm.list_models().")
     if tag:

@@ -4,11 +4,13 @@ import dataclasses
 import difflib
 import fnmatch
 import inspect
+import logging
 import os
 from typing import Any
 
 from ..aggregators.registry import ClipConfig, aggregator_options, create_aggregator, list_aggregators, registry_entry
 from . import manifest
+from .config import CONFIG, differences
 from .config import read as read_config
 from .encoder import (
     check_backbone_name,
@@ -20,9 +22,11 @@ from .encoder import (
 )
 from .star import StarEncoder as StarEncoder  # which registers itself
 from .tracklet import TrackletModel
-from .weights import load_backbone, load_weights
+from .weights import load_backbone, load_weights, path_of
 
 __all__ = ["create_model", "list_models"]
+
+_log = logging.getLogger(__name__)
 
 _BACKBONES = (
     "convnext_tiny",
@@ -65,7 +69,8 @@ def create_model(
         backbone_pretrained: load timm's weights into the backbone. Nothing to do where full weights are loaded.
         backbone_weights: load this file into the backbone, as far as it fits: a ``.safetensors`` or ``torch.save`` file
             of any origin (:func:`load_weights`). The log says what did not fit; less than half is an error.
-        checkpoint_path: load these weights: a ``.safetensors`` file, or a directory that ``save_pretrained`` wrote.
+        checkpoint_path: load these weights: a ``.safetensors`` file, or a directory that ``save_pretrained`` wrote;
+            the log says where the options there are others.
         revision: for ``hf-hub:`` names and ``pretrained``: a branch, tag or commit.
         cache_dir: where downloads are kept; None = where huggingface_hub keeps them.
         **kwargs: options of the encoder (see :class:`FrameEncoder`, :class:`StarEncoder`) and of the aggregator;
@@ -148,6 +153,8 @@ def create_model(
     model = TrackletModel(encoder, aggregator, clip)
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path)
+        if (config := path_of(checkpoint_path) / CONFIG).is_file() and (other := differences(model, config)):
+            _log.warning("the weights in %s were trained with other options: %s.", checkpoint_path, "; ".join(other))
     return model
 
 
@@ -207,8 +214,8 @@ def _load_released(
     """The model of an entry of the manifest, with the options that it was trained with, but for ``kwargs``."""
     if not weights.released:
         raise FileNotFoundError(
-            f"the weights {weights.name} are planned and have not been released, so that the Hub is not asked for them. "
-            "Until then: backbone_pretrained=True starts from timm's backbone weights, checkpoint_path=... loads your "
+            f"the weights {weights.name} are planned and have not been released: the Hub is not asked for them. Until "
+            "then: backbone_pretrained=True starts from timm's backbone weights, checkpoint_path=... loads your "
             f"own, `{weights.command}` trains them, and 'hf-hub:<owner>/<repo>' loads what somebody whom you trust has "
             "published."
         )

@@ -98,6 +98,7 @@ class StarEncoder(FrameEncoder):
         variant: of the LSTA blocks; ``none`` builds none: the plain ResNet, with two stems where ``flow``.
         reduction: of the LSTA blocks.
         width: of the LSTA blocks.
+        flow_scale: the pixels of flow that enter as 1; 1 = flow enters in pixels (the paper does not say; ours).
         pretrained: as in :class:`FrameEncoder`, like all that follow.
         last_stride: 1 or 2; None = 2, as the paper does.
         img_size: height and width of the frames.
@@ -122,6 +123,7 @@ class StarEncoder(FrameEncoder):
         variant: str = "lsta",
         reduction: int = 16,
         width: int = 8,
+        flow_scale: float = 1.0,
         pretrained: bool = False,
         last_stride: int | None = None,
         img_size: tuple[int, int] | None = None,
@@ -130,6 +132,8 @@ class StarEncoder(FrameEncoder):
     ):
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}.")
+        if not 0 < flow_scale < float("inf"):
+            raise ValueError(f"flow_scale must be a positive number of pixels, got {flow_scale!r}.")
         super().__init__(
             backbone,
             pretrained=pretrained,
@@ -146,7 +150,9 @@ class StarEncoder(FrameEncoder):
         info = cast(Any, self.backbone).feature_info
         if self.config is not None:
             self.config |= {"flow": flow, "variant": variant, "reduction": reduction, "width": width}
+            self.config["flow_scale"] = flow_scale
         self.uses_flow = flow
+        self.flow_scale = flow_scale
         if flow:
             channels = info[0]["num_chs"]
             conv = nn.Conv2d(2, channels, 7, stride=2, padding=3, bias=False)
@@ -186,7 +192,7 @@ class StarEncoder(FrameEncoder):
             check_images("flow", flow, 2)
             if flow.shape[0] != frames.shape[0] or flow.shape[2:] != frames.shape[2:]:
                 raise ValueError(f"flow must fit the frames {list(frames.shape)}, got {list(flow.shape)}.")
-            x = x + self.flow_stem(flow)  # Eq. 2
+            x = x + self.flow_stem(flow if self.flow_scale == 1 else flow / self.flow_scale)  # Eq. 2
         for stage, lsta in zip((net.layer1, net.layer2, net.layer3, net.layer4), self.lsta, strict=True):
             if net.grad_checkpointing and torch.is_grad_enabled():
                 for block in stage:

@@ -10,6 +10,7 @@ from .. import masked
 from ..aggregators.base import Aggregator, Details
 from ..aggregators.registry import ClipConfig, registry_entry
 from .inputs import check_images
+from .weights import unwrap
 
 __all__ = ["TrackletModel"]
 
@@ -51,10 +52,10 @@ class TrackletModel(nn.Module):
 
     def __init__(self, encoder: nn.Module, aggregator: Aggregator, clip: ClipConfig | None = None):
         super().__init__()
-        if encoder.num_features != aggregator.in_features:
+        if (channels := cast(Encoder, unwrap(encoder)).num_features) != aggregator.in_features:
             raise ValueError(
-                f"the encoder gives {encoder.num_features} channels and the aggregator takes {aggregator.in_features}: "
-                f"build it with in_features={encoder.num_features}."
+                f"the encoder gives {channels} channels and the aggregator takes {aggregator.in_features}: "
+                f"build it with in_features={channels}."
             )
         length = aggregator.clip_length
         if clip is None:
@@ -76,7 +77,7 @@ class TrackletModel(nn.Module):
 
     @property
     def data_config(self) -> dict[str, Any]:
-        return cast(Encoder, self.encoder).data_config
+        return cast(Encoder, unwrap(self.encoder)).data_config
 
     def encode_frames(self, frames: Tensor, flow: Tensor | None = None) -> Tensor:
         """Frames ``[N, 3, H, W]`` (and flow ``[N, 2, H, W]``) -> feature maps ``[N, C, h, w]``."""

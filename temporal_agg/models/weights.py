@@ -266,6 +266,8 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\w)", str(error))
         what = refused[1] if refused else str(error).strip().splitlines()[-1]
+        if what.startswith("numpy.") and not hasattr(torch.serialization, "get_safe_globals"):
+            what += ", which torch 2.4 and later can read"
         raise ValueError(
             f"{path} holds more than tensors ({what}), and reading it could run code: save its state dict alone, where "
             "you trust it."
@@ -340,7 +342,7 @@ def _wrapped(module: nn.Module) -> str | None:
     """The name under which a wrapper holds the module that it wraps; None: it is no wrapper."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
-    return "_orig_mod" if "_orig_mod" in module._modules else None
+    return "_orig_mod" if "_orig_mod" in getattr(module, "_modules", ()) else None
 
 
 class _Type:

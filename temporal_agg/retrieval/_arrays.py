@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def no_nan_rows(name: str, of_rows: Tensor) -> None:
 
 def like(out: Tensor, given: Array) -> Array:
     """A result, of the kind of what was given."""
-    return cast(Array, out.numpy() if isinstance(given, np.ndarray) else out)
+    return out.numpy() if isinstance(given, np.ndarray) else out
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:

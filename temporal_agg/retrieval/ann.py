@@ -178,7 +178,7 @@ def _vectors(compared: Comparison, side: int, rows: slice) -> np.ndarray:
 
 def _faiss() -> Any:
     try:
-        import faiss  # type: ignore
+        import faiss
     except ImportError as error:
         raise ImportError("FAISS is not installed: pip install 'temporal-agg[faiss]'.") from error
     return faiss

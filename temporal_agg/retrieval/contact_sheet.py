@@ -61,7 +61,7 @@ def contact_sheet(
                 "images": [_data_uri(image, height) for image in tracklet.load(places)],
             }
         )
-    # Text reaches the page only as JSON, of which no part can end the script element, and from there only as text nodes.
+    # Text reaches the page as JSON, of which no part can end the script element, and is shown as text nodes.
     content = json.dumps({"title": _printable(title), "tracklets": rows}).replace("<", "\\u003c")
     page = _PAGE.read_text(encoding="utf-8").replace("{{content}}", content)
     replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))

@@ -127,6 +127,6 @@ class Comparison:
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """What each of some magnitudes is divided by to lie between 1/2 and 1; 1 for 0."""
+    """What each of some magnitudes is divided by to lie between 1/2 and 1; for 0 something very small."""
     exponent = torch.frexp(x.double()).exponent.clamp(-1000, 1000)
-    return torch.where(x == 0, 1.0, torch.exp2(exponent.double()))
+    return torch.exp2(torch.where(x == 0, -1000, exponent).double())

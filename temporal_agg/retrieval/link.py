@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ._arrays import Ids, ids
+from ._arrays import Array, Ids, ids
 from .distances import distances
 
 __all__ = ["BCubed", "bcubed", "link"]
@@ -18,7 +18,7 @@ _BLOCK = 1024  # rows whose times are compared at once
 
 
 def link(
-    embeddings: np.ndarray | Tensor,
+    embeddings: Array,
     threshold: float,
     *,
     metric: str = "cosine",
@@ -52,7 +52,6 @@ def link(
         raise ValueError(f"threshold must be a number, got {threshold!r}.")
     found = distances(embeddings, embeddings, metric)
     table = found.cpu().numpy() if isinstance(found, Tensor) else found
-    del found
     N = len(table)
     apart = _overlaps(N, cameras, start, end)
     if apart is not None:

@@ -111,7 +111,7 @@ def rerank(
         if len(lost):
             raise ValueError(
                 f"{name}[{int(lost[0])}] has no number above {float(x[lost[0]]):.3g}, where others reach {size:.3g}: "
-                "too far apart for float32 distances. L2-normalise the embeddings, or look for what went wrong with some."
+                "too far apart for float32 distances. L2-normalise the embeddings, or see what went wrong with some."
             )
     x, y = ((x / size).float() for x in sides)
     source = _Features(x, y)
@@ -412,7 +412,7 @@ def _encode(source: _Source, nearest: Tensor, values: Tensor, scale: Tensor, k1:
 def _expand(codes: _Rows, nearest: Tensor) -> _Rows:
     """Local query expansion: the mean of the encodings of the nearest."""
     N, k = nearest.shape
-    matrix = partial(torch.sparse_coo_tensor, size=(N, N), check_invariants=False)
+    matrix = partial(torch.sparse_coo_tensor, size=(N, N), device=nearest.device, check_invariants=False)
     owner = torch.arange(N, device=nearest.device).repeat_interleave(k)
     mean = matrix(torch.stack([owner, nearest.flatten()]), codes.value.new_full((N * k,), 1 / k))
     owner = torch.repeat_interleave(codes.count)

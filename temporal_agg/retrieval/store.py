@@ -153,7 +153,7 @@ def append_embeddings(path: str | os.PathLike, more: Embeddings) -> Embeddings:
     """Adds to a file of embeddings, which is replaced once the new one is whole; the result is returned, too.
 
     Raises:
-        Busy: another process is at work on the file.
+        OSError: another process is at work on the file.
         ValueError: as :func:`read_embeddings` and :func:`merge_embeddings`.
     """
     path = Path(path)

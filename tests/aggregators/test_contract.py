@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
+from temporal_agg.aggregators import join, take
 
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
@@ -247,9 +248,9 @@ def test_layers_are_called(aggregator):
 class LowRank(torch.nn.Module):
     """A layer and a low-rank addition to what it computes, as an adapter has it. It has no weight to be read."""
 
-    def __init__(self, layer, sign):
+    def __init__(self, layer):
         super().__init__()
-        self.layer, self.sign = layer, sign
+        self.layer, self.factor = layer, 1.0
         if isinstance(layer, torch.nn.Linear):
             self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
             self.up = torch.nn.Linear(2, layer.out_features, bias=False)
@@ -260,7 +261,7 @@ class LowRank(torch.nn.Module):
             self.up = conv(2, layer.out_channels, 1, bias=False)
 
     def forward(self, x):
-        return self.layer(x) + self.sign * self.up(self.down(x))
+        return self.layer(x) + self.factor * self.up(self.down(x))
 
 
 def test_adapters_on_any_layer_change_the_embedding(aggregator):
@@ -271,8 +272,9 @@ def test_adapters_on_any_layer_change_the_embedding(aggregator):
     for key in [key for key, m in aggregator.named_modules() if isinstance(m, kinds)]:
         parent, _, last = key.rpartition(".")
         layer, moved = aggregator.get_submodule(key), 0.0
-        for sign in (-30, 30):  # one of them may end in a ReLU
-            setattr(aggregator.get_submodule(parent), last, LowRank(layer, sign))
+        adapted = LowRank(layer)
+        setattr(aggregator.get_submodule(parent), last, adapted)
+        for adapted.factor in (-30, 30):  # one of them may end in a ReLU
             moved = max(moved, (aggregator(features, **extra) - want).abs().max().item())
         setattr(aggregator.get_submodule(parent), last, layer)
         assert moved > 1e-6, f"{key} has no effect"
@@ -423,3 +425,88 @@ def test_figures_draw_every_map(aggregator):
     figure = plot.maps(details, list(frames), kinds=aggregator.maps)
     said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
     assert all(kind.title in said for kind in aggregator.maps.values())
+
+
+def streams(aggregator):
+    if not aggregator.supports_streaming:
+        assert len(aggregator.streaming_reason) > 20
+        with pytest.raises(ValueError, match="does not support streaming"):
+            aggregator.begin(2)
+        pytest.skip(f"no streaming: {aggregator.streaming_reason}")
+
+
+def test_streaming_equals_the_batch_after_every_frame(aggregator):
+    streams(aggregator)
+    features, _ = inputs(aggregator, B=2, T=9)
+    state = aggregator.begin(2)
+    for t in range(9):
+        state = aggregator.update(state, features[:, t : t + 1])
+        got, want = aggregator.read(state), aggregator(features[:, : t + 1], return_details=True)
+        torch.testing.assert_close(got.embedding, want.embedding, rtol=1e-6, atol=1e-6)
+        if got.frame_weights.shape[1]:
+            torch.testing.assert_close(got.frame_weights, want.frame_weights, rtol=1e-6, atol=1e-6)
+
+
+def test_streaming_in_any_pieces_with_masks(aggregator):
+    """Pieces of random lengths, tracklets that miss frames or whole pieces, rows taken and joined in between."""
+    streams(aggregator)
+    aggregator.double()
+    g = torch.Generator().manual_seed(0)
+    T = 12
+    features, _ = inputs(aggregator, B=3, T=T, dtype=torch.float64)
+    for seed in range(4):
+        mask = holes(T, (3, 8, T), seed)
+        garbage = features.masked_fill(~mask[..., None, None, None], float("nan"))
+        state, t = aggregator.begin(3), 0
+        while t < T:
+            n = int(torch.randint(1, 5, (), generator=g))
+            before = [tensor.clone() for tensor in state]
+            new = aggregator.update(state, garbage[:, t : t + n], mask[:, t : t + n])
+            assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True)), "a state stays as it is"
+            state = join([take(new, [2]), take(new, slice(0, 2))])
+            state = take(state, torch.tensor([1, 2, 0]))
+            t += n
+        got = aggregator.read(state)
+        for b in range(3):
+            alone = aggregator(features[b : b + 1, mask[b]], return_details=True)
+            torch.testing.assert_close(got.embedding[b], alone.embedding[0], rtol=1e-9, atol=1e-9)
+            if got.frame_weights.shape[1]:
+                torch.testing.assert_close(got.frame_weights[b, got.mask[b]], alone.frame_weights[0])
+        sizes = [tensor.shape for tensor in state]
+        more = aggregator.update(state, features, torch.ones(3, T, dtype=torch.bool))
+        grown = [tensor.shape for tensor in more] != sizes
+        assert grown == bool(got.frame_weights.shape[1]), "a state grows just where it remembers its frames"
+
+
+def test_streaming_of_a_new_tracklet_beside_an_old_one(aggregator):
+    streams(aggregator)
+    features, _ = inputs(aggregator, B=2, T=5)
+    old = aggregator.update(aggregator.begin(1), features[:1, :4])
+    both = aggregator.update(join([old, aggregator.begin(1)]), features[:, 4:])
+    torch.testing.assert_close(aggregator.read(both).embedding[0], aggregator(features[:1])[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        aggregator.read(both).embedding[1], aggregator(features[1:, 4:])[0], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_streaming_errors(aggregator):
+    streams(aggregator)
+    features, _ = inputs(aggregator, B=2)
+    with pytest.raises(ValueError, match=r"tracklets \[0, 1\] of the state have no frame"):
+        aggregator.read(aggregator.begin(2))
+    with pytest.raises(ValueError, match="the state's 3 tracklets"):
+        aggregator.update(aggregator.begin(3), features)
+    with pytest.raises(ValueError, match="got 31"):
+        aggregator.update(aggregator.begin(2), features[:, :, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_streaming_in_half_precision(aggregator, dtype):
+    streams(aggregator)
+    features, _ = inputs(aggregator, B=2)
+    aggregator.to(dtype)
+    want = aggregator(features.to(dtype)).float()
+    state = aggregator.begin(2)
+    for piece in features.to(dtype).split(2, 1):
+        state = aggregator.update(state, piece)
+    assert ((aggregator.read(state).embedding.float() - want).norm() / want.norm()) < 0.05

@@ -198,3 +198,41 @@ def test_every_ablation_trains_all_that_it_has(name, aggregator_options, options
     unused = [key for m in (aggregator, criterion) for key, p in m.named_parameters() if p.grad is None]
     assert unused == (["trl.join_low.weight", "memory_norm.weight", "memory_norm.bias"] if "losses" in options else [])
     assert all(p.isfinite().all() for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["baseline", "loga"])
+def test_the_neck_stands_before_both_terms(name):
+    torch.manual_seed(0)
+    x, labels = 100 * torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    aggregator = create_aggregator("mean" if name == "baseline" else "loga", 8)
+    criterion = create_criterion(name, 3, aggregator, neck=True, distance="cosine", mining="hard")
+    terms = criterion(details_of(x), labels)
+    normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(terms["triplet"], TripletLoss(distance="cosine")(normed, labels))
+    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(criterion.classifier(normed), labels))
+    torch.testing.assert_close(criterion(details_of(x / 50), labels), terms, rtol=1e-2, atol=1e-3)  # no scale is left
+    assert not any("neck" in key for key in create_criterion(name, 3, aggregator).state_dict())
+
+
+def test_what_is_no_details_or_no_labels_gets_help():
+    aggregator = create_aggregator("mean", 8)
+    criterion = create_criterion("baseline", 5, aggregator)
+    x, labels = torch.randn(4, 2, 8), torch.tensor([0, 0, 1, 1])
+    details = aggregator(x, return_details=True)
+    with pytest.raises(TypeError, match=r"BaselineCriterion: expected the model's Details, got Tensor.*return_details"):
+        criterion(aggregator(x), labels)
+    for wrong, message in (
+        (labels.float(), "whole numbers .*got torch.float32"),
+        ([0, 0, 1, 1], "whole numbers .*got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            criterion(details, wrong)
+    for wrong, message in (
+        (labels[:3], "one label for each of the 4 clips"),
+        (labels[:, None], "one label for each of the 4 clips"),
+        (labels + 4, "from 0 to num_classes - 1 = 4, got 4 to 5"),
+        (labels - 1, "got -1 to 0.*leave junk out"),
+        (labels - 100, "got -100 to -99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            criterion(details, wrong)

@@ -308,3 +308,26 @@ def test_errors_say_what_came():
     with pytest.raises(ValueError, match="more than one value per channel"):
         gam(torch.rand(1, 1, C, 1, 1), torch.rand(1, 1, C))
     assert gam.eval()(torch.rand(1, 1, C, 1, 1), torch.rand(1, 1, C))[0].shape == (1, 1, 1, C)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_branch": False},
+        {"local_branch": None},
+        {"local_branch": "stripes", "temporal": "average", "spatial": "concatenation"},
+        {"local_branch": "stripes", "temporal": "attention"},
+        {"temporal": "average"},
+        {"temporal": "attention", "spatial": "concatenation"},
+    ],
+    ids=str,
+)
+def test_every_row_streams(options):
+    torch.manual_seed(0)
+    fgra = create_aggregator("fgra", 8, num_regions=3, reduced_features=5, **options).double().eval()
+    features, state = torch.rand(2, 6, 8, 6, 2).double(), fgra.begin(2)
+    for piece in features.split((1, 3, 2), 1):
+        state = fgra.update(state, piece)
+    torch.testing.assert_close(fgra.read(state).embedding, fgra(features), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"call .eval\(\)"):
+        fgra.train().begin(2)

@@ -379,3 +379,13 @@ def test_memory_of_a_long_tracklet(name):
     with torch.inference_mode(), Largest():
         gltr(torch.rand(1, 4000, 8))
     assert most <= 2**22
+
+
+def test_a_small_start_lets_all_of_tsa_learn_at_once():
+    torch.manual_seed(0)
+    gltr = create_aggregator("gltr", C, embed_features=64, start="small")
+    assert 0.009 < gltr.tsa.restore.weight.std() < 0.011
+    gltr(torch.randn(B, T, C)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in gltr.tsa.parameters())
+    with pytest.raises(ValueError, match="'zero' or 'small', got 'large'"):
+        create_aggregator("gltr", C, start="large")

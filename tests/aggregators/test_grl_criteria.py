@@ -10,6 +10,7 @@ from temporal_agg.losses import OIMLoss, TripletLoss, VerificationLoss
 B, T, C, CLASSES = 6, 3, 8, 4
 LABELS = torch.tensor([1, 1, 3, 3, 1, 1])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1]], dtype=torch.bool)
+PROBES_FIRST = torch.tensor([0, 2, 4, 1, 3, 5])
 exact = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -104,9 +105,35 @@ def test_grl_released():
     weights = {"pooled": 1, "frame": 1, "video": 1, "verification": 20, "triplet": 1}
     torch.testing.assert_close(terms["loss"], sum(w * terms[name] for name, w in weights.items()))
     criterion.after_step()
-    high = take_up(take_up(tables["high.table"], x["pooled"], LABELS), *frames_of(details))
+    clips = PROBES_FIRST
+    high = take_up(tables["high.table"], x["pooled"][clips], LABELS[clips])
+    frame_labels = LABELS[clips][:, None].expand(B, T)[MASK[clips]]
+    high = take_up(high, x["frames"][clips][MASK[clips]], frame_labels)
     torch.testing.assert_close(criterion.high.table, high, **exact)
-    torch.testing.assert_close(criterion.low.table, take_up(tables["low.table"], x["memory"], LABELS), **exact)
+    low = take_up(tables["low.table"], x["memory"][clips], LABELS[clips])
+    torch.testing.assert_close(criterion.low.table, low, **exact)
+
+
+def test_grl_released_takes_the_frames_gradient_with_the_moved_table():
+    criterion, details = build("grl_released"), details_of()
+    tables = warm_up(criterion)
+    x = details.supervised
+    got = torch.autograd.grad(criterion(details, LABELS)["frame"], x["frames"])[0]
+    table = tables["high.table"]
+    moved = take_up(table.clone(), x["pooled"][PROBES_FIRST], LABELS[PROBES_FIRST])
+    frames, labels = frames_of(details)
+    share = ((30 * frames.detach() @ table.T).softmax(1) - F.one_hot(labels, CLASSES)) / len(labels)
+    torch.testing.assert_close(got[MASK], 30 * share @ moved, **exact)
+    assert got[~MASK].eq(0).all()
+
+
+def test_queries_and_keys_of_the_released_form_start_as_the_authors():
+    torch.manual_seed(0)
+    aggregator = create_aggregator("grl_released", 64)
+    for layer in (aggregator.query, aggregator.key):
+        bound = (6 / 512) ** 0.5  # Kaiming's uniform values over the 512 outputs
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert layer.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["grl", "grl_released"])

@@ -1,5 +1,3 @@
-import weakref
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -107,30 +105,14 @@ def test_gsta_equals_the_equations():
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 3, 1), (1,) * 5])
-def test_stream_equals_one_pass(lengths):
+def test_a_stream_has_the_gradients_of_one_pass(lengths):
     m, x = gsta(), maps().requires_grad_()
-    whole = m(x, return_details=True)
-    parts = m.stream(x.split(lengths, 1))
-    torch.testing.assert_close(parts[:3], whole[:3], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients(parts.embedding, m, x), gradients(whole.embedding, m, x), rtol=1e-9, atol=1e-9)
-
-
-def test_stream_holds_one_chunk_at_a_time():
-    m, alive = gsta(), []
-
-    def chunk():
-        x = maps(2)
-        alive.append(weakref.ref(x))
-        return x
-
-    def chunks():
-        for _ in range(4):
-            assert not any(ref() is not None for ref in alive)
-            yield chunk()
-
-    with torch.no_grad():
-        assert m.stream(chunks()).frame_weights.shape == (B, 8)
-    assert len(alive) == 4
+    whole, state = m(x), m.begin(B)
+    for piece in x.split(lengths, 1):
+        state = m.update(state, piece)
+    parts = m.read(state).embedding
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients(parts, m, x), gradients(whole, m, x), rtol=1e-9, atol=1e-9)
 
 
 def test_half_precision_keeps_the_cell_in_float32():
@@ -144,9 +126,17 @@ def test_half_precision_keeps_the_cell_in_float32():
 
 def test_errors():
     m = gsta()
-    with pytest.raises(ValueError, match="at least one chunk"):
-        m.stream([])
-    with pytest.raises(ValueError, match="got 5"):
-        m.stream([maps(), maps()[:, :, 1:]])
+    with pytest.raises(ValueError, match="as before"):
+        m.update(m.update(m.begin(B), maps()), maps()[..., 1:])
     with pytest.raises(TypeError, match="hidden_features"):
         create_aggregator("gsta", C, hidden=8)
+
+
+def test_a_zero_start_is_the_mean_of_the_maps():
+    m = create_aggregator("gsta", C, hidden_features=8, start="zero")
+    x = maps().float()
+    torch.testing.assert_close(m(x), x.mean((1, 3, 4)))
+    m(x).square().sum().backward()
+    assert m.project.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="'random' or 'zero', got 'one'"):
+        create_aggregator("gsta", C, start="one")

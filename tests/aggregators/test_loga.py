@@ -316,3 +316,56 @@ def test_errors_say_what_to_do():
         LAQ(T, S)(frames.mean(2).flatten(2))
     with pytest.raises(ValueError, match="at least two clips"):
         LOGA(D, T, S).double()(features[:1], frames=frames[:1])
+
+
+@pytest.mark.parametrize("assembly", ["associatively", "gcq", "directly"])
+def test_it_starts_as_the_prototype(assembly):
+    """p = sum_i w_l,i e_i, whatever GCQ says; and the last layer gets a gradient at once."""
+    torch.manual_seed(0)
+    loga = create_aggregator("loga", 6, assembly=assembly)
+    e, frames = torch.randn(3, 10, 6), torch.randn(3, 10, 3, 8, 4)
+    details = loga(e, frames=frames, return_details=True)
+    torch.testing.assert_close(details.embedding, torch.einsum("bt,btc->bc", details.maps["laq"], e))
+    details.embedding.square().sum().backward()
+    assert loga.fc.weight.grad.abs().sum() > 0
+
+
+def test_scale_by_the_square_root():
+    assert create_aggregator("loga", 16, scale="sqrt").gcq.scale == 4
+    assert create_aggregator("loga", 16).gcq.scale is None
+    for wrong in ("root", 0, -1.0):
+        with pytest.raises(ValueError, match="None, 'sqrt' or a positive number"):
+            create_aggregator("loga", 16, scale=wrong)
+
+
+def test_what_the_scale_does_to_the_frame_vectors_gradient():
+    """As printed the part of it that goes through the logits is far larger than the part through p."""
+    shares = {}
+    for scale in (None, "sqrt"):
+        torch.manual_seed(0)
+        loga = create_aggregator("loga", 512, assembly="gcq", scale=scale)
+        nn.init.eye_(loga.fc.weight)
+        e = torch.randn(8, 10, 512).abs().requires_grad_()
+        weights, _ = loga.gcq(e.mean(1), e)
+        logits_part = torch.autograd.grad((weights * torch.randn(8, 10)).sum(), e)[0].norm()
+        shares[scale] = float(logits_part)
+    assert shares[None] > 3 * shares["sqrt"]
+
+
+def test_laq_with_a_nonlinearity_sees_more_than_brightness():
+    """As printed, frames with the same strided means weigh the same whatever is in them; with the ReLU they do not."""
+    torch.manual_seed(0)
+    flat = torch.full((1, 2, 1, 4, 5), 0.5)
+    busy = flat.clone()
+    busy[:, :, :, 0::2], busy[:, :, :, 1::2] = 2.5, -1.5  # parts of 5 values: the means over the parts stay 0.5
+    laq = LAQ(2, 5)
+    torch.testing.assert_close(laq(busy), laq(flat))
+    relu = LAQ(2, 5, "relu")
+    relu.load_state_dict(laq.state_dict())
+    assert (relu(busy) - relu(flat)).abs().max() > 1e-3
+    scores = relu.part_scores(busy)
+    assert (scores >= 0).all()
+    torch.testing.assert_close(scores, laq.part_scores(busy).clamp(min=0))
+    torch.testing.assert_close(relu(busy), relu.mlp(scores.mean(2)).relu().softmax(1))
+    with pytest.raises(ValueError, match="None or 'relu', got 'tanh'"):
+        LAQ(2, 5, "tanh")

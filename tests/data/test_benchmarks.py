@@ -13,7 +13,17 @@ from collections import defaultdict
 import h5py
 import numpy as np
 import pytest
-from benchmarks_on_disk import make_duke, make_ilids_vid, make_ls_vid, make_mars, make_prid2011, picture
+from benchmarks_on_disk import (
+    make_duke,
+    make_duke_si,
+    make_ilids_vid,
+    make_ls_vid,
+    make_mars,
+    make_prid2011,
+    make_ward,
+    picture,
+)
+from scipy import sparse
 from scipy.io import loadmat, savemat
 
 from temporal_agg.data import (
@@ -24,6 +34,7 @@ from temporal_agg.data import (
     read_ls_vid,
     read_mars,
     read_prid2011,
+    read_ward,
 )
 from temporal_agg.data.tracklet import FrameFiles
 from temporal_agg.retrieval import evaluate
@@ -31,10 +42,11 @@ from temporal_agg.retrieval import evaluate
 MAKE = {
     "mars": (make_mars, read_mars),
     "duke": (make_duke, read_duke),
-    "duke-si": (make_duke, read_duke_si),
+    "duke-si": (make_duke_si, read_duke_si),
     "ilids-vid": (make_ilids_vid, read_ilids_vid),
     "prid-2011": (make_prid2011, read_prid2011),
     "ls-vid": (make_ls_vid, read_ls_vid),
+    "ward": (make_ward, read_ward),
 }
 # What the counts of the miniatures are, by their construction.
 COUNTS = {
@@ -49,7 +61,7 @@ COUNTS = {
         "cameras": 2,
     },
     "duke-si": {
-        "training tracklets": 8, "training identities": 4, "queries": 4, "gallery tracklets": 10, "test identities": 5,
+        "training tracklets": 8, "training identities": 4, "queries": 4, "gallery tracklets": 6, "test identities": 5,
     },
     "ilids-vid": {"persons": 8, "tracklets": 16, "splits": 10, "persons in a split": 8},
     "prid-2011": {"splits": 10, "persons in use": 4},
@@ -57,6 +69,7 @@ COUNTS = {
         "training tracklets": 8, "training identities": 4, "test tracklets": 8, "test identities": 4, "queries": 4,
         "cameras": 2,
     },
+    "ward": {"persons": 6, "cameras": 3, "tracklets": 18, "frames": 6 * (3 + 4 + 5)},
 }  # fmt: skip
 
 
@@ -269,6 +282,204 @@ def test_duke_with_old_names(originals, tmp_path):
     assert os.path.basename(old.gallery[-1].frames[1]) == "0009C2F0009D30831.jpg"
 
 
+def test_duke_si(root):
+    path = root("duke-si")
+    data = read_duke_si(path, check_counts=False).check_retrieval()
+    for part in ("train", "query", "gallery"):
+        assert told(getattr(data, part)) == grouped(
+            (path / part).glob("*/*/*.jpg"),
+            r"/(\d+)/([^/]+)/.(\d)_(\d+)\.jpg$",
+            lambda person, track, camera: (int(person), int(camera), track),
+        )
+    assert data.query_index == [-1] * 4, "the queries are not in the gallery"
+    assert [os.path.basename(f) for f in data.train[0].frames] == [f"c1_{n}.jpg" for n in (9998, 9999, 10000, 10001)]
+    assert data.query[0].name == "query/0005/s01142"
+    assert len(data.query[0].load([0, 3])) == 2
+    (path / "gallery" / "0005" / "1").mkdir()
+    with pytest.raises(ValueError, match=r"gallery/0005 has a folder '1': Duke-SI lies in"):
+        read_duke_si(path, check_counts=False)
+    (path / "gallery" / "0005" / "1").rmdir()
+    picture(path / "train" / "0001" / "any name 1" / "c2_1.jpg", 1, 1, 1)
+    with pytest.raises(ValueError, match="in one tracklet, but of different persons or cameras"):
+        read_duke_si(path, check_counts=False)
+
+
+@pytest.mark.parametrize(("nested", "suffix"), [(True, "png"), (False, "jpg")])
+def test_ward(tmp_path, caplog, nested, suffix):
+    caplog.set_level(logging.INFO, "temporal_agg")
+    root = make_ward(tmp_path / "w", nested=nested, suffix=suffix)
+    everything = grouped(
+        root.rglob(f"*.{suffix}"), r"/(\d{4})(\d{4})(\d{4})\.\w+$", lambda pid, camera: (int(pid), int(camera))
+    )
+    halves = set()
+    for split in range(10):
+        data = read_ward(root, split, check_counts=False).check_retrieval()
+        train, test = {t.pid for t in data.train}, {t.pid for t in data.query}
+        assert train | test == {1, 3, 5, 7, 9, 11}
+        assert len(train) == len(test) == 3
+        assert told(data.train) == {t for t in everything if t[0] in train}
+        assert told(data.query) == {t for t in everything if t[0] in test and t[1] == 1}
+        assert told(data.gallery) == {t for t in everything if t[0] in test and t[1] in (2, 3)}
+        halves.add(frozenset(test))
+    assert len(halves) > 5
+    assert told(read_ward(root, 9, check_counts=False, cache=False).query) == told(data.query), "always the same"
+    assert "frames 72 (published 4,786)" in caplog.messages[-1]
+    for cameras, first, second in (("1-2", {1}, {2}), ("2-3", {2}, {3}), ("1,2-3", {1, 2}, {3})):
+        pair = read_ward(root, cameras=cameras, check_counts=False)
+        assert {t.camera for t in pair.query} == first
+        assert {t.camera for t in pair.gallery} == second
+        assert len(pair.train) == 9
+    assert len(data.query[0].load([0])) == 1
+    for wrong in ("1", "1-4", "", "1-2-3"):
+        with pytest.raises(ValueError, match="cameras must be"):
+            read_ward(root, cameras=wrong)
+    with pytest.raises(ValueError, match="WARD has the splits 0 to 9, got 10"):
+        read_ward(root, 10, check_counts=False)
+    folder = root / "toolbox" / "Datasets" / "WARD" if nested else root
+    picture(folder / "000100010001.bmp", 1, 1, 1)
+    with pytest.raises(ValueError, match="has the image 000100010001 more than once"):
+        read_ward(root, check_counts=False)
+    (folder / "000100010001.bmp").rename(folder / "1.bmp")
+    with pytest.raises(ValueError, match=r"no frame is named '1\.bmp': WARD lies in"):
+        read_ward(root, check_counts=False)
+
+
+def test_ward_splits_are_fixed(tmp_path):
+    """A figure on WARD is of these halves: they must not change."""
+    root = make_ward(tmp_path, people=70, frames=1, size=(2, 1))  # persons 1, 3, ... for WARD's 1, 2, ...
+    test = sorted((t.pid + 1) // 2 for t in read_ward(root, 0, check_counts=False).query)
+    assert test[:8] == [9, 11, 12, 13, 14, 15, 16, 17]
+    assert len(test) == 35
+
+
+def corrected(mars, rows=None):
+    """Gives the miniature corrected labels: a row's new pid and ambiguous pid, by its number."""
+    file = mars / "info" / "tracks_test_info.mat"
+    old = loadmat(file)["track_test_info"]
+    new = np.concatenate([old, old[:, 2:3], np.zeros_like(old[:, :1])], 1)
+    for row, ids in (rows or {}).items():
+        new[row, 4:] = ids
+    savemat(mars / "info" / "clean_tracks_test_info.mat", {"any_name": new})
+    return old
+
+
+def test_mars_with_corrected_labels(root, caplog):
+    caplog.set_level(logging.INFO, "temporal_agg")
+    mars = root("mars")
+    original = read_mars(mars, check_counts=False)
+    corrected(mars)
+    same_labels = read_mars(mars, labels="corrected", check_counts=False)
+    assert [t.name for t in same_labels.gallery] == [t.name for t in original.gallery]
+    assert {t.ambiguous_pid for t in same_labels.gallery} == {None}
+    # Rows: 0, 1 junk; 2, 3 distractors; 4, 5 person 5; 6, 7 person 6; 8, 9 person 7; 10, 11 person 8.
+    corrected(mars, {5: (6, 0), 7: (6, 5), 8: (-1, 0), 2: (7, 0)})
+    old(mars)
+    for _ in range(2):  # the second time from the cache
+        data = read_mars(mars, labels="corrected", check_counts=False).check_retrieval()
+        assert [t.pid for t in data.query] == [5, 6, 8], "person 7's query is junk by the new labels"
+        pids = {t.name: (t.pid, t.ambiguous_pid) for t in data.gallery}
+        assert pids["test/0005C2T0001"] == (6, None)
+        assert pids["test/0006C2T0001"] == (6, 5)
+        assert pids["test/0000C1T0001"] == (7, None)
+        assert "test/0007C1T0001" not in pids
+    assert any("1 queries are nobody's" in message for message in caplog.messages)
+    assert {t.pid for t in read_mars(mars, check_counts=False).query} == {5, 6, 7, 8}
+    with pytest.raises(ValueError, match="labels must be 'original' or 'corrected', got 'new'"):
+        read_mars(mars, labels="new")
+    corrected(mars, {5: (-7, 0)})
+    with pytest.raises(ValueError, match=r"clean_tracks_test_info.mat, row 6: the new pid -7 is none"):
+        read_mars(mars, labels="corrected", check_counts=False)
+    savemat(mars / "info" / "clean_tracks_test_info.mat", {"a": np.zeros((2, 6)), "b": np.zeros((2, 6))})
+    with pytest.raises(ValueError, match=r"clean_tracks_test_info.mat: the matrix"):
+        read_mars(mars, labels="corrected", check_counts=False)
+    (mars / "info" / "clean_tracks_test_info.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"clean_tracks_test_info\.mat"):
+        read_mars(mars, labels="corrected", check_counts=False)
+
+
+def test_matrices_of_another_kind(root):
+    mars, ls_vid = root("mars"), root("ls-vid")
+    file = mars / "info" / "query_IDX.mat"
+    for values in (sparse.csc_matrix(np.ones((1, 2))), np.array([["a"]]), np.array([[1 + 1j]]), {"a": 1}, [[np.nan]]):
+        savemat(file, {"query_IDX": values})
+        with pytest.raises(ValueError, match="query_IDX") as error:
+            read_mars(mars, check_counts=False)
+        assert str(file) in str(error.value)
+    file = ls_vid / "test" / "data" / "info_test.mat"
+
+    def compound(h5):
+        h5.create_dataset("query", (1, 2), np.dtype([("a", "f8")]))
+
+    def text(h5):
+        h5.create_dataset("query", data=[["a"]], dtype=h5py.string_dtype())
+
+    for make in (compound, text, lambda h5: h5.create_group("query"), lambda h5: h5.create_dataset("query", data=1.0)):
+        with h5py.File(file, "w") as h5:
+            make(h5)
+        with pytest.raises(ValueError, match=r"info_test\.mat"):
+            read_ls_vid(ls_vid, check_counts=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, "[]", "{}", "3", "", '[{"train":[],"test":[]}]', '[{"train":["person_0001"],"test":[]}]', "[3]",
+     '[{"train":[["person_0001"]],"test":["person_0002"]}]', '[{"train":["person_0201"],"test":["person_0002"]}]'],
+)  # fmt: skip
+def test_prid_splits_of_another_kind(root, content):
+    prid = root("prid-2011")
+    file = prid / "splits_prid2011.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"splits_prid2011\.json"):
+        read_prid2011(prid, check_counts=False)
+    file.write_bytes('[{"train":["person_0001"],"test":["person_0002"]}]'.encode("utf-16"))
+    assert [t.pid for t in read_prid2011(prid, check_counts=False).query] == [2]
+
+
+def test_lists_as_editors_write_them(root):
+    mars = root("mars")
+    want = told(read_mars(mars, check_counts=False, cache=False).train)
+    file = mars / "info" / "train_name.txt"
+    text = file.read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_bytes(text.encode(encoding))
+        assert told(read_mars(mars, check_counts=False, cache=False).train) == want
+    file.write_bytes(text.encode() + b"\xe9")
+    with pytest.raises(ValueError, match=r"train_name.txt is not UTF-8"):
+        read_mars(mars, check_counts=False, cache=False)
+
+
+def test_a_foreign_cache_does_not_win(root, cache):
+    """An index of another copy, or of nothing that could have changed, is not used."""
+    one, other = old(root("duke")), root("duke-si")
+    read_duke(one, check_counts=False)
+    (first,) = cache.iterdir()
+    two = old(shutil.copytree(one, one.parent / "two", copy_function=shutil.copy2))
+    shutil.rmtree(two / "gallery" / "0009")
+    old(two)
+    read_duke(two, check_counts=False)
+    (second,) = set(cache.iterdir()) - {first}
+    shutil.copy(first, second)
+    assert len(read_duke(two, check_counts=False).gallery) == 8
+    with np.load(first) as arrays:
+        arrays = dict(arrays)
+    meta = json.loads(arrays["meta"].tobytes())
+    shutil.rmtree(one / "gallery" / "0009")
+    np.savez(first, **arrays | {"meta": np.frombuffer(json.dumps(meta | {"stamps": {}}).encode(), np.uint8)})
+    assert len(read_duke(one, check_counts=False).gallery) == 8
+    assert len(read_duke_si(other, check_counts=False).gallery) == 6
+
+
+def test_a_folder_put_back_with_its_old_times_is_read_again(root, cache):
+    path = old(root("duke"))
+    read_duke(path, check_counts=False)
+    gone = path / "gallery" / "0009" / "0002"
+    status = [(p, p.stat()) for p in (path / "gallery" / "0009", path / "gallery")]
+    shutil.rmtree(gone)
+    for folder, before in status:
+        os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(read_duke(path, check_counts=False).gallery) == 9
+
+
 def test_duke_frames_are_sorted_by_number(root):
     duke = root("duke")
     folder = duke / "train" / "0001" / "0001"
@@ -417,7 +628,7 @@ def test_prid_without_its_outer_folder_and_with_listed_splits(tmp_path):
         {"train": 3},
     ):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"splits_prid2011.json: expected \[\{\"train\".*Correct or remove"):
+        with pytest.raises(ValueError, match=r"splits_prid2011.json: expected (\[\{.*Correct or remove|a JSON array)"):
             read_prid2011(root, check_counts=False)
     file.unlink()
     shutil.rmtree(root / "multi_shot" / "cam_b" / "person_0001")
@@ -542,6 +753,7 @@ def test_every_published_count_is_compared():
         ("ls-vid", "list_sequence/list_seq_test.txt"),
         ("ls-vid", "test/data/info_test.mat"),
         ("ls-vid", ""),
+        ("duke-si", "gallery"),
     ],
 )
 def test_what_is_missing_is_named(root, name, gone):

@@ -8,6 +8,7 @@ from PIL import Image
 from temporal_agg.data import (
     ClipDataset,
     ClipTransform,
+    Draw,
     FlowError,
     Tracklet,
     TrackletData,
@@ -221,12 +222,12 @@ def test_items_carry_the_flow_of_their_frames(policy):
     transform = ClipTransform((16, 8), (0, 0, 0), (1 / 255,) * 3)
     data = ClipDataset(tracklets, {0: 0, 1: 1, 2: 2}, transform, length=6, policy=policy, flow=True)
     plain = ClipDataset(tracklets, {0: 0, 1: 1, 2: 2}, transform, length=6, policy=policy)
-    items = [data[i] for i in range(3)]
+    items = [data[Draw(i)] for i in range(3)]
     for i, item in enumerate(items):
         frames = item["clip"][:, 0, 0, 0].round()  # frame i has the value i
         assert item["flow"].shape == (len(frames), 2, 16, 8)
         assert torch.allclose(item["flow"], torch.stack([2 * frames, -2 * frames], 1)[..., None, None])
-        assert torch.equal(item["clip"], plain[i]["clip"]), "flow takes no draw of its own"
+        assert torch.equal(item["clip"], plain[Draw(i)]["clip"]), "flow takes no draw of its own"
         assert "flow" not in plain[i]
     batch = collate_clips(items)
     assert batch["flow"].shape == (*batch["clip"].shape[:2], 2, 16, 8)

@@ -154,19 +154,102 @@ def test_csv_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"missing tracklet, path in 'split,pid,camera'"):
         read_csv(write(tmp_path / "a.csv", [], "split,pid,camera"))
     with pytest.raises(ValueError, match="missing split"):
-        read_csv(write(tmp_path / "b.csv", [], "split;pid;camera;tracklet;path"))
+        read_csv(write(tmp_path / "b.csv", [], "split|pid|camera|tracklet|path"))
     with pytest.raises(ValueError, match="no row below its header"):
         read_csv(write(tmp_path / "c.csv", []))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("delimiter", "newline"), [(",", "\n"), (";", "\r\n"), ("\t", "\r")])
+def test_csv_as_editors_and_spreadsheets_write_it(tmp_path, encoding, delimiter, newline):
+    image(tmp_path / "caf\u00e9 1.png")
+    rows = ["Split,PID,camera,tracklet,path", "train,1,1,\u00e9,caf\u00e9 1.png", "", " train , 2,-1,b,caf\u00e9 1.png"]
+    text = newline.join(row.replace(",", delimiter) for row in rows) + newline
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    data = read_csv(tmp_path / "a.csv")
+    assert [(t.pid, t.camera, t.name) for t in data.train] == [(1, 1, "train/1/1_\u00e9"), (2, -1, "train/2/-1_b")]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "utf-16-le"])
+def test_csv_of_another_encoding_names_the_file(tmp_path, encoding):
+    file = tmp_path / "people.csv"
+    file.write_bytes("split,pid,camera,tracklet,path\ntrain,1,1,caf\u00e9,1.png\n".encode(encoding))
+    with pytest.raises(ValueError, match="UTF-8") as error:
+        read_csv(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (f"train,1,0,x,{'a' * 200_000}", "line 2: field larger than"),
+        (
+            f"train,{'9' * 5000},0,x,0.png",
+            r"line 2: pid must be -1 \(junk\) or 0 to 2\*\*63 - 1, got one of more than 63",
+        ),
+        (f"gallery,{2**63},0,x,0.png", "more than 63 bits"),
+        (f"gallery,1,{2**70},x,0.png", r"line 2: camera must be -1 \(unknown\)"),
+        ("gallery,-5,0,x,0.png", r"line 2: pid must be -1 \(junk\) or 0 to 2\*\*63 - 1, got -5"),
+        ("gallery,1,-2,x,0.png", "camera must be -1"),
+        ('train,1,0,x,"0.png', "0.png"),
+    ],
+)
+def test_csv_cells_out_of_range(tmp_path, row, message):
+    file = tmp_path / "people.csv"
+    image(tmp_path / "0.png")
+    file.write_text(f"split,pid,camera,tracklet,path\n{row}\n")
+    if row.endswith('"0.png'):  # a quotation mark that is left open, up to the end
+        assert len(read_csv(file).train) == 1
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        read_csv(file)
+    assert str(file) in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_folder_ids_out_of_range(root):
+    for name, message in (("-5", "pid must be -1"), (str(2**63), "more than 63 bits")):
+        image(root / "gallery" / name / "1_a" / "1.png")
+        with pytest.raises(ValueError, match=message) as error:
+            read_folder(root)
+        assert str(root / "gallery" / name) in str(error.value)
+        (root / "gallery" / name / "1_a" / "1.png").unlink()
+        (root / "gallery" / name / "1_a").rmdir()
+        (root / "gallery" / name).rmdir()
+    image(root / "gallery" / "3" / "-2_a" / "1.png")
+    with pytest.raises(ValueError, match="camera must be -1"):
+        read_folder(root)
+
+
+def test_the_home_directory(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert len(read_folder("~/set").train) == 2
+    assert len(parse_data_spec("folder:~/set").train) == 2
+    rows = [("query", 1, 1, "a", "set/query/0003/1_0001/1.png")]
+    write(root.parent / "a.csv", rows)
+    assert len(parse_data_spec("csv:~/a.csv").query) == 1
+    with pytest.raises(FileNotFoundError, match=f"no folder {root.parent}/nowhere"):
+        parse_data_spec("folder:~/nowhere")
+    with pytest.raises(FileNotFoundError, match=str(root.parent / "mars")):
+        parse_data_spec("mars:~/mars")
+
+
+def test_junk_is_not_trained_on(root, caplog):
+    image(root / "train" / "-1" / "1_a" / "1.png")
+    data = read_folder(root)
+    assert data.label_map == {1: 0, 2: 1}
+    assert {t.pid for t in data.train} == {1, 2}
+    assert "1 training tracklets of pid -1 (junk) are left out" in caplog.text
+
+
 def small_set():
-    """Identities 1-9 in cameras 1 and 2 (9 also twice in 1), 10 once, 11 twice in one camera, 12 junk."""
+    """Identities 1-9 in cameras 1 and 2 (9 also twice in 1), 10 once, 11 twice in one camera, junk."""
 
     def tracklet(pid, camera, number=0):
         return Tracklet([f"{pid}_{camera}_{number}.jpg"], pid, camera)
 
     both = [tracklet(pid, camera) for pid in range(1, 10) for camera in (2, 1)]
-    rest = [tracklet(9, 1, 1), tracklet(10, 1), tracklet(11, 1), tracklet(11, 1, 1), tracklet(-12, 1), tracklet(-12, 2)]
+    rest = [tracklet(9, 1, 1), tracklet(10, 1), tracklet(11, 1), tracklet(11, 1, 1), tracklet(-1, 1), tracklet(-1, 2)]
     return TrackletData(both[:7], both[7:12], [*both[12:], *rest, both[8]], "small")
 
 
@@ -220,3 +303,25 @@ def test_identity_splits_need_identities():
         identity_splits(TrackletData([Tracklet(["a"], 1, 1), Tracklet(["b"], 1, 2)], [], [], "tiny"), 1)
     with pytest.raises(ValueError, match="k must be at least 1"):
         identity_splits(small_set(), 0)
+
+
+@pytest.mark.parametrize("kind", ["copy", "link", "spelling"])
+def test_identity_splits_take_copies_of_a_tracklet_once(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    rows = []
+    for pid in range(4):
+        for n in range(2):
+            path = tmp_path / f"{pid}_{n}.png"
+            Image.fromarray(rng.integers(0, 256, (4, 2, 3), np.uint8)).save(path)
+            rows.append(("gallery", pid, -1, n, path.name))
+        other = {"copy": f"copy{pid}.png", "link": f"link{pid}.png", "spelling": f"./{pid}_0.png"}[kind]
+        if kind == "copy":
+            (tmp_path / other).write_bytes((tmp_path / f"{pid}_0.png").read_bytes())
+        elif kind == "link":
+            (tmp_path / other).symlink_to(tmp_path / f"{pid}_0.png")
+        rows.append(("query", pid, -1, "q", other))
+    data = read_csv(write(tmp_path / "a.csv", rows))
+    assert data.query_index == [0, 2, 4, 6]
+    (split,) = identity_splits(data, 1)
+    assert (len(split.train), len(split.query), len(split.gallery)) == (4, 2, 2)
+    assert split.query_index == [-1, -1]

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -130,6 +132,74 @@ def test_erasing_each_frame_for_itself():
     assert len(rectangles) == 1 + 40 - untouched, "every erased frame has a rectangle of its own"
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_the_two_halves_of_a_test(interpolation):
+    own = frames(2) + frames(1, 64, 32)
+    transform = ClipTransform((32, 16), MEAN, STD, interpolation)
+    small = transform.resize(own)
+    assert small.dtype == torch.uint8
+    assert small.shape == (3, 3, 32, 16)
+    clip = transform.normalize(small)
+    assert clip.dtype == torch.float32
+    assert torch.equal(clip, transform(own))
+    torch.testing.assert_close(clip.double(), normalised(small), rtol=1e-6, atol=1e-6)
+    assert torch.equal(transform.normalize(small[0]), clip[0])
+    real = small.float()
+    kept = real.clone()
+    assert torch.equal(transform.normalize(real), clip)
+    assert torch.equal(real, kept), "what is normalised is left as it was"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_normalising_on_a_gpu():
+    transform = ClipTransform((32, 16), MEAN, STD)
+    small = transform.resize(frames())
+    torch.testing.assert_close(transform.normalize(small.cuda()).cpu(), transform.normalize(small), rtol=0, atol=1e-6)
+
+
+def test_the_transform_of_a_model():
+    class Model:
+        data_config: ClassVar = {"input_size": (3, 40, 20), "mean": MEAN, "std": STD, "interpolation": "bicubic"}
+
+    assert torch.equal(
+        ClipTransform.for_model(Model())(frames(1, 50, 30)),
+        ClipTransform((40, 20), MEAN, STD, "bicubic")(frames(1, 50, 30)),
+    )
+    train = ClipTransform.for_model(Model(), train=True, flip=1.0, pad=2)
+    want = ClipTransform((40, 20), MEAN, STD, "bicubic", train=True, flip=1.0, pad=2)
+    assert torch.equal(train(frames(), seeded(1)), want(frames(), seeded(1)))
+
+
+def test_random_erasing_as_its_paper_has_it():
+    """A rectangle of 2 to 40 %, of 0.3 to 3.3 times its width in height, anywhere inside, of random colours."""
+    transform = ClipTransform((60, 30), MEAN, STD, train=True, flip=0, erasing=1.0, erasing_fill="random")
+    own = [torch.full((3, 60, 30), value, dtype=torch.uint8) for value in (100, 200)]
+    straight = ClipTransform((60, 30), MEAN, STD)(own)
+    areas, aspects, colours, tops = [], [], [], []
+    for seed in range(300):
+        clip = transform(own, seeded(seed))
+        erased = (clip != straight).any(0).any(0)
+        rows, columns = erased.any(1).nonzero().flatten(), erased.any(0).nonzero().flatten()
+        box = (..., slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+        assert torch.equal(clip[0][box], clip[1][box]), "the same colours in every frame"
+        outside = clip.clone()
+        outside[box] = straight[box]
+        assert torch.equal(outside, straight), "a rectangle"
+        areas.append(erased[box].numel() / 1800)
+        aspects.append(float(rows[-1] - rows[0] + 1) / float(columns[-1] - columns[0] + 1))
+        tops.append(int(rows[0]))
+        values = (clip[0][box] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+        colours += values.flatten().round().int().tolist()
+    assert 0.01 < min(areas) < 0.04
+    assert 0.33 < max(areas) < 0.42
+    assert 0.25 < min(aspects) < 0.5
+    assert 2.5 < max(aspects) < 4
+    assert min(tops) == 0
+    assert set(colours) == set(range(256))
+    counts = torch.bincount(torch.tensor(colours), minlength=256).double()
+    assert counts.std() / counts.mean() < 0.1, "every value equally likely"
+
+
 def vectors(count=5, height=20, width=10, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(2, height, width, generator=g) for _ in range(count)]
@@ -189,5 +259,12 @@ def test_errors():
         ClipTransform((32, 16), random_crop=0.9)
     with pytest.raises(ValueError, match="probabilities"):
         ClipTransform((32, 16), flip=2)
+    for mean, std in (((0, 0), (1, 1, 1)), ((0, 0, 0), (1, 0, 1)), ((0, 0, float("nan")), (1, 1, 1))):
+        with pytest.raises(ValueError, match="mean and std must be three numbers each"):
+            ClipTransform((32, 16), mean, std)
+    with pytest.raises(ValueError, match=r"interpolation must be one of nearest, .*bilinear.*got 'area'"):
+        ClipTransform((32, 16), interpolation="area")
+    with pytest.raises(ValueError, match="erasing_fill must be one of zero, random"):
+        ClipTransform((32, 16), erasing_fill="mean")
     with pytest.raises(ValueError, match="flow of 5 frames, got 4"):
         ClipTransform((32, 16))(frames(), flow=vectors(4))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from temporal_agg import data
+from temporal_agg._files import locked
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COLOURS = {1: (220, 30, 30), 2: (30, 200, 30), 3: (40, 40, 230), 4: (200, 200, 20)}
@@ -200,6 +201,150 @@ def test_mot_errors(sequence, tmp_path, monkeypatch):
     fails("frame 3, but no image")
 
 
+def simple(folder, rows, frames=12, draw=None, name="gt/gt.txt"):
+    """A sequence of grey frames with one file of boxes."""
+    (folder / "img1").mkdir(parents=True)
+    for f in range(1, frames + 1):
+        picture = Image.new("RGB", (320, 240), (80, 90, 100))
+        draw(folder / "img1", f) if draw else picture.save(folder / "img1" / f"{f:06d}.jpg")
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(row.format(f=f) + "\n" for f in range(1, frames + 1) for row in rows))
+    return folder
+
+
+PLAIN = ["--cameras", "1", "--test", "0"]
+PERSON = "{f},1,21,61,40,120,1,1,1.0"
+
+
+def test_mot_says_what_each_filter_left_out(tmp_path, monkeypatch, capsys):
+    main = load("tracklets_from_mot", monkeypatch)
+    rows = [PERSON, "{f},-1,200,60,40,120,1,1,1.0", "{f},2,200,60,40,20,1,1,1.0", "{f},3,100,60,40,120,1,1,0.1"]
+    rows += ["{f},4,280,60,40,120,1,7,1.0", PERSON]
+    main([str(simple(tmp_path / "walk", rows)), "--out", str(tmp_path / "people"), *PLAIN])
+    said = capsys.readouterr().out
+    assert "walk: 72 boxes, read as mot-gt (frame,id,left,top,width,height,flag,class,visibility)" in said
+    for why in (
+        "without an identity (id below 0)",
+        "of other classes than 1",
+        "of somebody who has another box in that frame",
+        "of a height below 48 pixels",
+        "of a visibility below 0.5",
+    ):
+        assert f"left out: 12 {why}" in said
+    assert {p for p, _ in written(tmp_path / "people", shift=1)} == {1}
+
+
+def test_mot_columns_and_classes(tmp_path, monkeypatch):
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", ["{f},1,20,60,40,120,1,1,0"], name="tracks.txt")
+    command = [str(folder), "--boxes", str(folder / "tracks.txt"), *PLAIN]
+    with pytest.raises(SystemExit, match="can be mot-gt or boxmot"):
+        main([*command, "--out", str(tmp_path / "a")])
+    main([*command, "--out", str(tmp_path / "a"), "--columns", "boxmot"])
+    assert written(tmp_path / "a", shift=1) == {(1, 0): [list(range(12))]}
+    with pytest.raises(SystemExit, match="no box of a person"):
+        main([*command, "--out", str(tmp_path / "b"), "--columns", "boxmot", "--classes", "2"])
+
+
+def test_mot_frames_of_other_kinds(tmp_path, monkeypatch):
+    """Label files beside the frames, pictures that are turned by EXIF, and 16 bits."""
+    main = load("tracklets_from_mot", monkeypatch)
+    upright = np.zeros((320, 240, 3), np.uint8)
+    upright[40:200, 150:210] = (250, 20, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def turned(folder, f):
+        Image.fromarray(np.rot90(upright, 1).copy()).save(folder / f"{f:06d}.jpg", exif=exif.tobytes())
+        for suffix in ("json", "txt", "xml"):
+            (folder / f"{f:06d}.{suffix}").write_text("{}")
+
+    box = "{f},1,151,41,60,160,1,1,1.0"
+    folder = simple(tmp_path / "phone", [box], draw=turned)
+    main([str(folder), "--out", str(tmp_path / "a"), *PLAIN, "--margin", "0"])
+    crops = sorted((tmp_path / "a").glob("train/*/*/*.jpg"))
+    assert len(crops) == 12
+    assert np.asarray(Image.open(crops[0]))[..., 0].mean() > 240
+    deep = (20000 + 40 * np.arange(240)[:, None] + 10 * np.arange(320)).astype(np.uint16)
+    folder = simple(tmp_path / "thermal", [PERSON], draw=lambda d, f: Image.fromarray(deep).save(d / f"{f:06d}.png"))
+    main([str(folder), "--out", str(tmp_path / "b"), *PLAIN, "--margin", "0"])
+    pixels = np.asarray(Image.open(min((tmp_path / "b").glob("train/*/*/*.jpg"))))[..., 0]
+    np.testing.assert_allclose(pixels, deep[60:180, 20:60] >> 8, atol=2)
+    Image.new("RGB", (320, 240)).save(folder / "img1" / "1.jpg")
+    with pytest.raises(SystemExit, match="are the same frame"):
+        main([str(folder), "--out", str(tmp_path / "c"), *PLAIN])
+
+
+def test_mot_unreadable_frames_are_listed_at_once(tmp_path, monkeypatch, capsys):
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", [PERSON])
+    bad = [folder / "img1" / f"{f:06d}.jpg" for f in (3, 5, 9)]
+    bad[0].write_bytes(b"no image")
+    bad[1].write_bytes(bad[1].read_bytes()[:-300])
+    bad[2].unlink()
+    out = tmp_path / "people"
+    with pytest.raises(SystemExit, match="3 frames cannot be read; --skip-unreadable leaves them out") as error:
+        main([str(folder), "--out", str(out), *PLAIN])
+    said = str(error.value)
+    assert str(bad[0]) in said
+    assert str(bad[1]) in said
+    assert "boxes in frame 9, but no image" in said
+    assert not list(out.glob("train/*/[0-9]*"))
+    main([str(folder), "--out", str(tmp_path / "skip"), *PLAIN, "--skip-unreadable"])
+    assert written(tmp_path / "skip", shift=1) == {(1, 0): [[f for f in range(12) if f not in (2, 4, 8)]]}
+    captured = capsys.readouterr()
+    assert "3 frames cannot be read and are left out" in captured.err
+    assert str(bad[0]) in captured.err
+    assert (tmp_path / "skip" / "contact_sheet.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("[Sequence]\r\nname=walk\r\nimDir=frames\r\n".encode("utf-8-sig"), True),
+        ("[Sequence]\nimDir=frames\n".encode("utf-16"), True),
+        (b"name=walk\nimDir=frames\n", True),
+        (b"[sequence]\nimdir = frames\n[other]\na=50%b\n", True),
+        ("[Sequence]\nimDir=frames\ncomment=Stra\xdfe\n".encode("cp1252"), False),
+        (b"[Sequence]\nno value\n", False),
+        (b"[Sequence]\nimDir=a%b\n", False),
+    ],
+)
+def test_mot_seqinfo_as_editors_write_it(tmp_path, monkeypatch, content, read):
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", [PERSON])
+    (folder / "img1").rename(folder / "frames")
+    (folder / "seqinfo.ini").write_bytes(content)
+    command = [str(folder), "--out", str(tmp_path / "people"), *PLAIN]
+    if read:
+        main(command)
+        assert written(tmp_path / "people", shift=1) == {(1, 0): [list(range(12))]}
+    else:
+        with pytest.raises(SystemExit, match=r"seqinfo\.ini"):
+            main(command)
+
+
+def test_mot_reads_csv(tmp_path, monkeypatch):
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", [])
+    rows = [f"{f};1;20;60;60;180;0.9" for f in range(1, 13)]
+    (folder / "tracks.csv").write_bytes("\r\n".join(["Frame;ID;left;top;right;bottom;conf", *rows]).encode("utf-16"))
+    main([str(folder), "--boxes", str(folder / "tracks.csv"), "--out", str(tmp_path / "people"), *PLAIN])
+    assert written(tmp_path / "people", shift=1) == {(1, 0): [list(range(12))]}
+    with Image.open(min((tmp_path / "people").glob("train/*/*/*.jpg"))) as image:
+        assert image.size == (44, 132)
+
+
+def test_mot_two_at_once(tmp_path, monkeypatch):
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", [PERSON])
+    with locked(tmp_path / ".people.lock", "it"):
+        with pytest.raises(SystemExit, match=r"another process is at work on .*people"):
+            main([str(folder), "--out", str(tmp_path / "people"), *PLAIN])
+    main([str(folder), "--out", str(tmp_path / "people"), *PLAIN])
+
+
 @pytest.fixture
 def video(tmp_path):
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed (pip install temporal-agg[flow])")
@@ -248,3 +393,40 @@ def test_video(video, tmp_path, monkeypatch):
     fails("no file", tmp_path / "no.mp4", boxes)
     fails("cannot read", boxes, boxes)
     fails("in turns", video)
+
+
+def test_video_with_the_text_of_a_tracker(video, tmp_path, monkeypatch):
+    """It counts frames and pixels from 1; boxes that were not tracked are nobody's."""
+    main = load("tracklets_from_video", monkeypatch)
+    rows = []
+    for frame in SCENE:
+        rows += [
+            f"{frame + 1},{p},{x + 1},{top_of(p) + 1},{BOX[0]},{BOX[1]},-1,-1,-1,-1" for p, x in SCENE[frame].items()
+        ]
+        rows.append(f"{frame + 1},-1,90,1,{BOX[0]},{BOX[1]},-1,-1,-1,-1")
+    (tmp_path / "tracks.txt").write_text("\n".join(rows))
+    out, options = tmp_path / "people", [*OPTIONS, "--cameras", "1", "--test", "0"]
+    main([str(video), str(tmp_path / "tracks.txt"), "--out", str(out), *options])
+    found = written(out, shift=1)
+    assert {person for person, _ in found} == {1, 2, 3}
+    for t in data.open_dataset("folder", out).train:
+        np.testing.assert_allclose(t.load([0])[0][:, 30, 9], COLOURS[t.pid], atol=40)
+
+    (tmp_path / "late.csv").write_text(
+        "frame,id,left,top,width,height\n" + "".join(f"{f},1,9,9,30,60\n" for f in range(30, 55))
+    )
+    late = [str(video), str(tmp_path / "late.csv"), *options, "--occlusion", "1"]
+    main([*late, "--out", str(tmp_path / "skip"), "--skip-unreadable"])
+    assert written(tmp_path / "skip", shift=0) == {(1, 0): [list(range(30, 40))]}
+
+
+def test_video_ids_below_0_are_nobody(video, tmp_path, monkeypatch):
+    """The -1 of a second video is not the last person of the first one."""
+    main = load("tracklets_from_video", monkeypatch)
+    files = []
+    for name, other in (("door", 5), ("hall", -1)):
+        rows = [f"{f},{track},{left},20,30,60" for f in range(30) for track, left in ((1, 20), (other, 120))]
+        (tmp_path / f"{name}-boxes.csv").write_text("\n".join(["frame,id,left,top,width,height", *rows]))
+        files += [str(video), str(tmp_path / f"{name}-boxes.csv")]
+    main([*files, "--out", str(tmp_path / "people"), "--cameras", "1", "--test", "0"])
+    assert set(written(tmp_path / "people", shift=0)) == {(1, 0), (5, 0), (7, 1)}

@@ -123,3 +123,22 @@ def test_errors_say_what_came():
         loss(x, LABELS[1:])
     with pytest.raises(ValueError, match=r"\[12\] and \[3\]"):
         loss(x, LABELS, torch.ones(3, dtype=torch.bool))
+
+
+def test_turns_of_single_samples_and_the_table_ahead():
+    """Samples enter by their turn. With ``ahead`` the value is that of the table as it stood, and the gradient that of
+    the table as the samples remembered so far will leave it."""
+    loss, early, x = table_loss(), unit(N, D), unit(N, D, seed=1)
+    table, turns = loss.table.clone(), torch.arange(N) % 2
+    loss(early, LABELS, turn=turns)
+    got = loss(x, LABELS, turn=turns + 2, ahead=True)
+    torch.testing.assert_close(got, literal_loss(table, x, LABELS), **exact)
+    order = turns.argsort(stable=True)
+    ahead = literal_update(table, early[order], LABELS[order])
+    shares = [
+        (30 * (row @ table.T)).softmax(0) - F.one_hot(label, CLASSES) for row, label in zip(x, LABELS, strict=True)
+    ]
+    want = torch.stack([30 / N * (share @ ahead) for share in shares])
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], want, **exact)
+    loss.after_step()
+    torch.testing.assert_close(loss.table, literal_update(ahead, x[order], LABELS[order]), **exact)

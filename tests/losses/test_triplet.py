@@ -85,3 +85,18 @@ def test_float16_embeddings_are_measured_in_float32():
     loss = TripletLoss(0.0)(x, torch.tensor([0, 0, 1, 1]))
     assert loss.dtype == torch.float32
     assert loss == 175.0  # the four anchors: 300 - 300, 300 - 0, 400 - 400, 400 - 0
+
+
+def test_cosine_distance():
+    x, labels = torch.randn(6, 5).double(), torch.tensor([0, 0, 1, 1, 2, 2])
+    terms = []
+    for i in range(6):
+        d = [1 - float(torch.cosine_similarity(x[i], x[j], dim=0)) for j in range(6)]
+        farthest = max(d[j] for j in range(6) if j != i and labels[j] == labels[i])
+        terms.append(max(0.0, 0.3 + farthest - min(d[j] for j in range(6) if labels[j] != labels[i])))
+    assert float(TripletLoss(distance="cosine")(x, labels)) == pytest.approx(sum(terms) / 6, rel=1e-9)
+    torch.testing.assert_close(
+        TripletLoss(distance="cosine")(7 * x, labels), TripletLoss(distance="cosine")(x, labels), rtol=1e-9, atol=1e-9
+    )
+    with pytest.raises(ValueError, match="'euclidean' or 'cosine', got 'dot'"):
+        TripletLoss(distance="dot")

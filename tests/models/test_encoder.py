@@ -87,9 +87,28 @@ def test_models_of_one_size_keep_it_and_say_so():
 def test_impossible_sizes_are_errors():
     with pytest.raises(ValueError, match=r"\(100, 50\) .*but \(96, 48\)"):
         FrameEncoder("test_vit", img_size=(100, 50))
-    for size in [(0, 128), (256,)]:
+    for size in [(0, 128), (256,), (64.0, 32.0), "64x32", (True, True)]:
         with pytest.raises(ValueError, match="height and width"):
             FrameEncoder("test_vit", img_size=size)
+    with pytest.raises(ValueError, match=r"such as \(256, 128\), got 64: for square frames write \(64, 64\)"):
+        FrameEncoder("test_vit", img_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", torch.channels_last),
+        ("mobilenetv2_100", torch.channels_last),
+        ("efficientnet_b0", torch.channels_last),
+        ("convnext_tiny", torch.channels_last),
+        ("vit_small_patch16_224", torch.contiguous_format),
+        ("swin_tiny_patch4_window7_224", torch.contiguous_format),
+        ("test_vit", torch.contiguous_format),
+    ],
+)
+def test_memory_format_is_that_of_convolutions_or_of_transformers(name, expected):
+    with torch.device("meta"):
+        assert FrameEncoder(name).memory_format is expected
 
 
 STRIDED = {  # a 1x1 convolution follows the strided operation in each of them

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from temporal_agg._files import Busy, locked
 from temporal_agg.models import create_model, list_models, manifest
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,45 @@ def test_names_and_tags(entries):
         create_model("mean_resnet18", pretrained=True, checkpoint_path="somewhere")
     with pytest.raises(TypeError, match="no option foo"):
         create_model("mean_resnet18", pretrained=True, foo=1)
+
+
+def test_a_write_that_fails_leaves_the_manifest(entries, monkeypatch):
+    before = entries.read_bytes()
+
+    def fail(self, *args, **kwargs):
+        with open(self, "w") as file:
+            file.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match=r"manifest\.json cannot be written: No space left"):
+        manifest.write(manifest.find("mean_resnet18"), entries)
+    assert entries.read_bytes() == before
+    assert [path.name for path in entries.parent.iterdir()] == ["manifest.json"]
+    with (
+        locked(entries.with_name(".manifest.json.lock"), "x"),
+        pytest.raises(Busy, match=r"at work on .*manifest\.json"),
+    ):
+        manifest.write(manifest.find("mean_resnet18"), entries)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("owner"), "'owner' and 'weights'"),
+        (lambda c: c.update(weights=[]), "'owner' and 'weights'"),
+        (lambda c: c["weights"]["mean_resnet18.a"].pop("repo"), r"the entry 'mean_resnet18\.a' must have"),
+        (lambda c: c["weights"]["mean_resnet18.a"].update(new=1), "and nothing else"),
+        (lambda c: c["weights"]["mean_resnet18.a"].update(released="no"), "released of the entry .* cannot be 'no'"),
+        (lambda c: c["weights"].update({"mean_resnet18.a": None}), "must have"),
+    ],
+)
+def test_a_damaged_manifest_is_named(entries, change, message):
+    content = json.loads(entries.read_text())
+    change(content)
+    entries.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"manifest\.json: .*{message}"):
+        manifest.read()
 
 
 def test_an_entry_is_replaced_and_keeps_its_place(entries):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from temporal_agg.aggregators.gsta import GSTA
-from temporal_agg.models import LSTA, StarEncoder, TrackletModel, create_model, list_models
+from temporal_agg.models import LSTA, FrameEncoder, StarEncoder, TrackletModel, create_model, list_models
 
 B, C, H, W = 2, 12, 5, 4
 
@@ -124,6 +124,8 @@ def test_lsta_defaults_are_the_papers():
     assert m(torch.randn(1, 256, 7, 3)).shape == (1, 256, 7, 3)
     with pytest.raises(ValueError, match="'no_spatial', 'cbam', 'se', got 'dilated'"):
         LSTA(256, variant="dilated")
+    with pytest.raises(ValueError, match="at least 1, got 16 and 0"):
+        LSTA(256, width=0)
 
 
 def frames(N=2, size=(64, 32), dtype=torch.float32):
@@ -186,6 +188,22 @@ def test_encoder_without_a_flow_stem():
         m(rgb, flow)
 
 
+def test_flow_is_divided_by_its_scale():
+    rgb, flow = frames()
+    got = encoder(flow_scale=4).eval()(rgb, flow)
+    assert torch.equal(got, encoder().eval()(rgb, flow / 4))
+    with pytest.raises(ValueError, match="positive number of pixels, got 0"):
+        encoder(flow_scale=0)
+
+
+def test_without_attention_it_is_the_two_stem_resnet():
+    m = encoder(variant="none").eval()
+    rgb, flow = frames()
+    assert not any(name.startswith("lsta") for name in m.state_dict())
+    assert torch.equal(m(rgb), FrameEncoder.forward(m, rgb))
+    assert not torch.allclose(m(rgb, flow), m(rgb))
+
+
 def test_encoder_options_reach_the_blocks():
     m = encoder(variant="undilated", reduction=4, width=5, last_stride=1)
     assert [block.variant for block in m.lsta] == ["undilated"] * 4
@@ -206,6 +224,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_encoder_errors():
     m = encoder()
     rgb, flow = frames()
+    with pytest.raises(ValueError, match="'se', 'none', got 'dilated'"):
+        StarEncoder("test_resnet", variant="dilated")
     with pytest.raises(ValueError, match="ResNet class, got ConvNeXt"):
         StarEncoder("test_convnext")
     with pytest.raises(ValueError, match=r"flow must have the shape \[N, 2, H, W\]"):
@@ -252,5 +272,5 @@ def test_model_by_name(flow, tmp_path):
 
 def test_listed_models():
     assert list_models("star_*") == ["star_resnet101", "star_resnet18", "star_resnet34", "star_resnet50"]
-    with pytest.raises(TypeError, match="Its encoder has: flow, variant, reduction, width, last_stride"):
+    with pytest.raises(TypeError, match="Its encoder has: flow, variant, reduction, width, flow_scale, last_stride"):
         create_model("star_resnet18", flows=False)

@@ -44,6 +44,20 @@ def test_forward_is_encoder_then_aggregator(model):
     torch.testing.assert_close(model(x), model.aggregator(maps, frames=frames), rtol=1e-4, atol=1e-5)
 
 
+def test_the_two_halves_make_the_whole(model):
+    x = clips(model)
+    features, images = model.frame_features(x.flatten(0, 1))
+    assert features.dim() == (4 if model.aggregator.needs_maps else 2)
+    assert (images is not None) == model.aggregator.needs_frames
+    images = images if images is None else images.unflatten(0, x.shape[:2])
+    features = features.unflatten(0, x.shape[:2])
+    details = model.aggregate(features, images=images, return_details=True)
+    want = model(x, return_details=True)
+    assert torch.equal(details.embedding, want.embedding)
+    assert torch.equal(details.frame_weights, want.frame_weights)
+    assert torch.equal(model.aggregate(features, images=images), want.embedding)
+
+
 def test_masked_clip_equals_the_clip_of_its_real_frames(model):
     if model.aggregator.clip_length:
         pytest.skip("its clip length is fixed: positions matter by definition")
@@ -160,6 +174,7 @@ def test_any_module_can_be_the_encoder():
         def forward(self, frames, flow=None):
             return frames
 
-    model = TrackletModel(Pixels(), create_aggregator("mean", 3))
+    model = TrackletModel(nn.DataParallel(Pixels()), create_aggregator("mean", 3))
+    assert model.data_config == {"input_size": (3, 8, 4)}
     x = torch.randn(2, 4, 3, 8, 4)
     torch.testing.assert_close(model(x), x.mean((1, 3, 4)))

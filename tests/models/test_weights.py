@@ -1,14 +1,19 @@
 """Weights from files: the model's own exactly, others as far as they fit."""
 
+import _codecs
+import argparse
 import pickle
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import nn
 
-from temporal_agg.models import create_model, load_weights, read_checkpoint
+from temporal_agg.models import create_model, load_weights, read_checkpoint, unwrap
 
 SIZE = (64, 32)
 
@@ -85,10 +90,154 @@ def test_aggregators_load_their_own_weights(model, tmp_path):
     assert all(torch.equal(value, other[key]) for key, value in model.aggregator.state_dict().items())
 
 
+CHECKPOINTS = {  # what other libraries' trainings leave behind, by what they write
+    "deep_sort_pytorch": lambda w: {"net_dict": w, "acc": 88.1, "epoch": 39},
+    "PyTorch's tutorial": lambda w: {"epoch": 3, "model_state_dict": w, "optimizer_state_dict": {"state": {0: w}}},
+    "an average of the weights": lambda w: {"state_dict": w, "state_dict_ema": {k: v + 1 for k, v in w.items()}},
+    "a teacher and a student": lambda w: {
+        "student": {f"module.{k}": v + 1 for k, v in w.items()},
+        "teacher": {f"backbone.{k}": v for k, v in w.items()},
+    },
+    "compiled in DataParallel": lambda w: {f"_orig_mod.module.{k}": v for k, v in w.items()},
+    "DataParallel of compiled": lambda w: {"model": {f"module._orig_mod.{k}": v for k, v in w.items()}},
+    "a compiled part": lambda w: {f"net.encoder._orig_mod.{k}": v for k, v in w.items()},
+    "a part in DataParallel": lambda w: {f"net.encoder.module.{k}": v for k, v in w.items()},
+    "a name of its own": lambda w: {"something": {"else": w}, "epoch": 3},
+    "parts": lambda w: {"encoder": w, "classifier": {"weight": torch.zeros(3, 96)}},
+    "NumPy numbers": lambda w: {
+        "state_dict": w,
+        "best": np.float32(0.5),
+        "rank1": np.float64(0.5),
+        "epoch": np.int64(3),
+        "done": np.bool_(True),
+        "name": np.str_("x"),
+        "cmc": np.array([0.5, 0.7]),
+        "names": np.array(["a"]),
+    },
+    "NumPy arrays": lambda w: {"state_dict": {k: np.asfortranarray(v.numpy()) for k, v in w.items()}},
+    "itself inside": lambda w: contained(dict(w)),
+}
+
+
+def contained(checkpoint):
+    checkpoint["model"] = checkpoint["other"] = checkpoint
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_checkpoints_of_others(model, backbone, tmp_path, kind, legacy):
+    torch.save(CHECKPOINTS[kind](backbone), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    load_weights(model, tmp_path / "x.pth", strict=False)
+    assert all(torch.equal(value, backbone[key]) for key, value in encoder_of(model).items())
+
+
+def test_of_two_networks_of_one_shape_one_has_to_be_named(model, backbone, tmp_path, caplog):
+    both = {f"{name}.{k}": v + i for i, name in enumerate(("student", "teacher")) for k, v in backbone.items()}
+    for content in ({"state_dict": both}, both, {"student": {"a": 1}, **both}):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=r"x\.pth holds two networks .*'student\.' and 'teacher\.'.*prefix="):
+            load_weights(model, tmp_path / "x.pth", strict=False)
+        load_weights(model, tmp_path / "x.pth", strict=False, prefix="teacher.")
+        assert all(torch.equal(value, backbone[key] + 1) for key, value in encoder_of(model).items())
+    torch.save({"state_dict": backbone, "state_dict_ema": both}, tmp_path / "x.pth")
+    load_weights(model, tmp_path / "x.pth", strict=False)
+    assert "those of 'state_dict'; it also has 'state_dict_ema', which prefix='state_dict_ema.' takes" in caplog.text
+    load_weights(model, tmp_path / "x.pth", strict=False, prefix="state_dict_ema.teacher.")
+    assert all(torch.equal(value, backbone[key] + 1) for key, value in encoder_of(model).items())
+    with pytest.raises(ValueError, match=r"nothing behind the prefix 'x\.'; its names begin with .*state_dict_ema\."):
+        load_weights(model, tmp_path / "x.pth", strict=False, prefix="x.")
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compile"]
+)
+def test_wrapped_models_are_taken(model, tmp_path, wrap):
+    want = {key: value + 1 for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(want, tmp_path / "x.safetensors")
+    assert unwrap(nn.DataParallel(wrap(model))) is unwrap(wrap(nn.DataParallel(model))) is model
+    model.encoder = wrap(model.encoder)
+    report = load_weights(nn.DataParallel(model), tmp_path / "x.safetensors")
+    assert report.loaded == tuple(want)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), want.values(), strict=True))
+
+
+@pytest.mark.parametrize("change", ["bool", "int8", "complex64", "nan", "inf", "too large"])
+def test_weights_that_are_no_numbers_of_a_model(model, tmp_path, change):
+    def changed(x):
+        if not x.is_floating_point():
+            return x
+        if hasattr(torch, change) and isinstance(getattr(torch, change), torch.dtype):
+            return x.to(getattr(torch, change))
+        return torch.full_like(x, 1e300, dtype=torch.float64) if change == "too large" else x * 0 + float(change)
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({key: changed(value) for key, value in before.items()}, path)
+    message = (
+        f"{change} for .* float32" if hasattr(torch, change) and change not in ("nan", "inf") else "NaN or infinite"
+    )
+    with pytest.raises(ValueError, match=rf"x\.safetensors.*{message}"):
+        load_weights(model, path)
+    if "NaN" in message:
+        with pytest.raises(ValueError, match=rf"{message}.*Nothing was loaded"):
+            load_weights(model, path, strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_half_precision_is_taken(model, tmp_path):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(half, tmp_path / "x.safetensors")
+    load_weights(model, tmp_path / "x.safetensors")
+    assert all(torch.equal(value, half[key].to(value.dtype)) for key, value in model.state_dict().items())
+
+
+def test_the_report_prints_short(model, backbone, tmp_path):
+    torch.save(backbone, tmp_path / "x.pth")
+    report = load_weights(model, tmp_path / "x.pth", strict=False)
+    assert len(repr(report)) < 300
+    assert repr(report).startswith(f"LoadReport({len(report.loaded)} loaded; 3 missing: aggregator.")
+
+
 def test_nothing_that_fits_is_an_error(model, tmp_path):
     torch.save({"w": torch.zeros(1), "epoch": 3}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"nothing in .*x\.pth fits the model: it has 1 tensors: w"):
+    message = r"nothing in .*x\.pth fits the model: it has 1 tensors: w \(2 top-level keys: w, epoch\)"
+    with pytest.raises(ValueError, match=message):
         load_weights(model, tmp_path / "x.pth", strict=False)
+    torch.save({"weights": [torch.zeros(1)], "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"it has no tensors \(2 top-level keys: weights, epoch\)"):
+        load_weights(model, tmp_path / "x.pth", strict=False)
+
+
+class Encoded:
+    """What the unpickler of torch would do for any file: encode a text by a codec of the file's choice."""
+
+    def __reduce__(self):
+        return _codecs.encode, ("ab" * 1_000_000, "punycode")
+
+
+def test_hostile_files_end_at_once(tmp_path):
+    nested = {"w": torch.ones(2)}
+    for _ in range(60):  # 2 ** 60 ways through it
+        nested = {"a": nested, "b": nested}
+    torch.save(nested, tmp_path / "shared.pth")
+    torch.save({"x": Encoded(), "w": torch.ones(2)}, tmp_path / "codec.pth")
+    start = time.process_time()
+    read_checkpoint(tmp_path / "shared.pth")
+    with pytest.raises(ValueError, match=r"codec\.pth holds more than tensors \(_codecs\.encode\)"):
+        read_checkpoint(tmp_path / "codec.pth")
+    assert time.process_time() - start < 5
+    # The next file is read by torch's own rules again.
+    assert torch._weights_only_unpickler._get_allowed_globals()["_codecs.encode"] is _codecs.encode
+
+
+def test_what_is_refused_is_named(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth holds more than tensors \(argparse\.Namespace\)"):
+        read_checkpoint(tmp_path / "x.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match=r"x\.pt is a TorchScript archive"):
+        read_checkpoint(tmp_path / "x.pt")
 
 
 class Evil:

@@ -1,12 +1,15 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
-from temporal_agg.retrieval import evaluate
+from temporal_agg.data import Tracklet
+from temporal_agg.retrieval import evaluate, evaluate_tracklets
 
 
-def literal(distances, query_pids, query_cams, gallery_pids, gallery_cams, own, ranks, ap):
+def literal(distances, query_pids, query_cams, gallery_pids, gallery_cams, own, ranks, ap, ambiguous=None):
     """One query after the other, walking down its list; equal distances put wrong tracklets first."""
     aps, inps, firsts = [], [], []
     for q, pid in enumerate(query_pids):
@@ -14,6 +17,8 @@ def literal(distances, query_pids, query_cams, gallery_pids, gallery_cams, own, 
         for g in range(len(gallery_pids)):
             same_camera = query_cams[q] == gallery_cams[g] and query_cams[q] != -1
             if gallery_pids[g] == -1 or g == own[q] or (gallery_pids[g] == pid and same_camera):
+                continue
+            if ambiguous is not None and ambiguous[g] == pid:
                 continue
             ranking.append((distances[q][g], gallery_pids[g] == pid))
         ranking.sort()  # False (wrong) before True (match) at one distance
@@ -134,6 +139,66 @@ def test_rows_keep_their_place_across_blocks():
     got = evaluate(distances, [5] * 5, [1] * 5, pids, np.full(wide, 2), ranks=(2,))
     assert got.ap_per_query.tolist() == [1, 1, 1, 0.5, 1]
     assert got.cmc.tolist() == [0.8, 1]
+
+
+@pytest.mark.parametrize("ap", ["step", "trapezoidal"])
+def test_who_may_be_the_person_is_neither_match_nor_wrong(ap):
+    rng = np.random.default_rng(5)
+    for _ in range(500):
+        *case, own = random_case(rng)
+        G = len(case[3])
+        ambiguous = np.where(rng.random(G) < 0.4, rng.integers(0, 5, G), -1)
+        got = evaluate(*case, query_index=own, ambiguous_pids=ambiguous, ap=ap)
+        check(got, literal(*case, own, (20,), ap, ambiguous))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_matter(threads, monkeypatch):
+    rng = np.random.default_rng(6)
+    *case, own = random_case(rng, sizes=(97, 98), gallery=(60, 61))
+    want = literal(*case, own, (20,), "step")
+    module = sys.modules["temporal_agg.retrieval.evaluate"]
+    monkeypatch.setattr(module, "_cores", lambda: threads)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: threads)
+    for cells in (1, 500, 2**20):
+        monkeypatch.setattr(module, "_CELLS", cells)
+        check(evaluate(*case, query_index=own), want)
+    case[0][[20, 90], 7] = np.nan
+    with pytest.raises(ValueError, match=r"distances\[20, 7\] is NaN"):
+        evaluate(*case)
+
+
+def test_tracklets_know_who_they_are(tmp_path):
+    """Cameras are unknown; the gallery lists the queries' files once more, and one tracklet may be a second person."""
+
+    def tracklet(name, pid, **more):
+        return Tracklet([tmp_path / f"{name}_{i}.png" for i in range(2)], pid, -1, name, **more)
+
+    query = [tracklet("a", 1), tracklet("b", 2)]
+    gallery = [tracklet("a", 1), tracklet("b", 2), tracklet("c", 1), tracklet("d", 2)]
+    distances = np.array([[0.0, 0.1, 0.2, 0.3], [0.2, 0.0, 0.3, 0.1]])
+    got = evaluate_tracklets(distances, query, gallery, ranks=(1, 2))
+    assert got.ap_per_query.tolist() == [0.5, 1]  # the copies of the queries are no matches of theirs
+    assert got.rank(1) == 0.5
+    gallery[1] = Doubtful(gallery[1], 1)
+    assert evaluate_tracklets(distances, query, gallery).ap_per_query.tolist() == [1, 1]
+    with pytest.raises(TypeError, match=r"gallery\[0\] must be a tracklet with pid and camera, got int"):
+        evaluate_tracklets(distances, query, [1, 2, 3, 4])
+
+
+class Doubtful:
+    """A stand-in for a tracklet of which nobody is sure whether it shows a second person."""
+
+    def __init__(self, tracklet, ambiguous_pid):
+        self.frames, self.pid, self.camera, self.ambiguous_pid = tracklet.frames, tracklet.pid, -1, ambiguous_pid
+
+
+def test_metrics_print_short():
+    got = evaluate(np.array([[0.1, 0.2, 0.3]]).repeat(1000, 0), [1] * 1000, [0] * 1000, [2, 1, 1], [1, 1, 1], ranks=[5])
+    assert repr(got) == (
+        "RetrievalMetrics(mAP 58.3%, rank-1 0.0%, rank-5 100.0%, mINP 66.7%; 1000 queries, 0 without a match)"
+    )
+    assert "mAP nan%" in repr(evaluate(np.ones((1, 1)), [1], [0], [2], [0]))
 
 
 def test_by_hand():

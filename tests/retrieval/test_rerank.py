@@ -169,6 +169,48 @@ def test_it_helps(clusters):
     assert precision(rerank(x[:100], x[100:])) > precision(distances(x[:100], x[100:], "euclidean")) + 0.05
 
 
+def test_candidates_have_the_distances_of_the_full_re_ranking(clusters):
+    queries, gallery = clusters
+    for n, k1, k2, lambda_value in ((1, 20, 6, 0.3), (7, 9, 3, 0.0), (40, 20, 1, 0.3), (10_000, 20, 6, 0.3)):
+        full = rerank(queries, gallery, k1, k2, lambda_value)
+        found, indices = rerank(queries, gallery, k1, k2, lambda_value, candidates=n)
+        n = min(n, len(gallery))
+        assert found.shape == indices.shape == (len(queries), n)
+        assert (found.dtype, indices.dtype) == (np.float32, np.int64)
+        nearest = distances(queries, gallery, "euclidean").argsort(1, kind="stable")[:, :n]
+        assert np.array_equal(np.sort(indices), np.sort(nearest))
+        np.testing.assert_allclose(found, np.take_along_axis(full, indices, 1), atol=1e-6, rtol=0)
+        assert (np.diff(found) >= 0).all()
+        assert (np.diff(indices)[np.diff(found) == 0] > 0).all(), "ties by index"
+    assert isinstance(rerank(*map(torch.tensor, clusters), candidates=2).indices, torch.Tensor)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e19, 1e30])
+def test_scale_does_not_matter(clusters, scale):
+    queries, gallery = (x[:100].astype(np.float64) for x in clusters)
+    want = rerank(queries, gallery, 9)
+    np.testing.assert_allclose(rerank(queries * scale, gallery * scale, 9), want, atol=1e-5, rtol=0)
+    pairs = (queries, gallery), (queries, queries), (gallery, gallery)
+    matrices = [distances(a, b, "euclidean").astype(np.float64) * scale for a, b in pairs]
+    np.testing.assert_allclose(rerank_distances(*matrices, 9), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_and_device_do_not_matter(clusters, dtype):
+    queries, gallery = (torch.tensor(x[:50]) for x in clusters)
+    want = rerank(queries, gallery, 5), rerank(queries, gallery, 5, candidates=3)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta")
+        got = rerank(queries, gallery, 5), rerank(queries, gallery, 5, candidates=3)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert torch.equal(got[0], want[0])
+    assert all(map(torch.equal, got[1], want[1]))
+
+
 def test_lambda_one_is_the_distance(clusters):
     squared = distances(*clusters, "euclidean") ** 2
     largest = squared_distances(np.concatenate(clusters))[:60].max(1, keepdims=True)
@@ -216,11 +258,17 @@ def test_errors_say_what_came():
         (ValueError, r"queries must have two dimensions, got \[4\]", (x[0], x), {}),
         (TypeError, "got ndarray and Tensor", (x, torch.ones(3, 4)), {}),
         (TypeError, "got list and list", (x.tolist(), x.tolist()), {}),
-        (ValueError, "on one device, got cpu and meta", (torch.ones(3, 4), torch.ones(3, 4, device="meta")), {}),
+        (
+            ValueError,
+            "on one device, got cpu and, for gallery, meta",
+            (torch.ones(3, 4), torch.ones(3, 4, device="meta")),
+            {},
+        ),
         (ValueError, r"queries\[1\] holds NaN", (bad, x), {}),
         (ValueError, r"gallery\[1\] holds NaN", (x, bad), {}),
-        (ValueError, r"gallery\[2\] .* too large", (x, np.array([[1], [1], [1e30]]) * x), {}),
-        (ValueError, "overflow float32", (x * 9e18, -x * 9e18), {}),
+        (ValueError, r"queries\[0\] has no number above 1, .*too far apart", (x, np.array([[1], [1], [1e30]]) * x), {}),
+        (TypeError, "k1 must be a whole number, got 2.5", (x, x), {"k1": 2.5}),
+        (ValueError, "candidates must be at least 1, got 0", (x, x), {"candidates": 0}),
         (ValueError, "k1 must be at least 1, got 0", (x, x), {"k1": 0}),
         (ValueError, "k2 must be at least 1, got -1", (x, x), {"k2": -1}),
         (ValueError, "chunk_size must be at least 1, got 0", (x, x), {"chunk_size": 0}),

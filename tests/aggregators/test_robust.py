@@ -1,0 +1,149 @@
+"""The robust means: literal loops, scipy's minimiser, breakdown, invariance, and what they do to foreign frames."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from temporal_agg import biweight_mean, create_aggregator, geometric_median, outlier_mask
+
+B, T, C = 3, 9, 4
+MASK = torch.tensor(
+    [[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0, 0, 1, 0]], dtype=torch.bool
+)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def split(x, mask=MASK):
+    return [list(clip[real]) for clip, real in zip(x, mask, strict=True)]
+
+
+def literal_biweight(frames, start, c, rounds):
+    centre = start
+    for _ in range(rounds):
+        distances = [math.dist(f, centre) for f in frames]
+        reach = c * sorted(distances)[(len(frames) - 1) // 2]
+        weights = [(1 - (d / reach) ** 2) ** 2 if d < reach else float(reach == 0) for d in distances]
+        centre = sum(w * f for w, f in zip(weights, frames, strict=True)) / sum(weights)
+    return centre, weights
+
+
+def test_geometric_median_minimises_the_sum_of_distances():
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is the oracle")
+    x = random(B, T, C)
+    got = geometric_median(x, MASK, rounds=200)
+    for frames, median in zip(split(x), got, strict=True):
+        points = np.stack([f.numpy() for f in frames])
+
+        def total(c, points=points):
+            return np.linalg.norm(points - c, axis=1).sum()
+
+        want = optimize.minimize(total, points.mean(0), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
+        assert total(median.numpy()) <= want.fun + 1e-6
+
+
+@pytest.mark.parametrize("start", ["median", "mean"])
+@pytest.mark.parametrize("c", [1.5, 2.0, 4.0])
+def test_biweight_mean_is_its_definition(start, c):
+    x = random(B, T, C)
+    centre, weights = biweight_mean(x, MASK, c, 7, start, return_weights=True)
+    starts = geometric_median(x, MASK, 7) if start == "median" else torch.stack([sum(f) / len(f) for f in split(x)])
+    for b, frames in enumerate(split(x)):
+        if len(frames) == 1:
+            want, w = frames[0], [1.0]
+        else:
+            want, w = literal_biweight(frames, starts[b], c, 7)
+        torch.testing.assert_close(centre[b], want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(weights[b, MASK[b]], torch.tensor(w, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+        assert weights[b, ~MASK[b]].eq(0).all()
+
+
+@pytest.mark.parametrize("estimate", [geometric_median, biweight_mean])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_breakdown_point_is_one_half(estimate, dtype):
+    """Whatever finite values stand in 4 of 9 frames, the estimate stays near the other five; with 5 it does not."""
+    x = random(20, T, C).to(dtype)
+    reach = x.norm(dim=2).amax()
+    largest = torch.finfo(dtype).max
+    for garbage in (3.0, 1e3, 1e9, -1e18, largest, -largest):
+        for bad in range(1, 5):
+            y = x.clone()
+            y[:, T - bad :] = garbage
+            assert (estimate(y) - x[:, : T - bad].mean(1)).norm(dim=1).max() < 4 * reach
+            y[:, T - bad :] = garbage * torch.rand(bad, C, dtype=dtype)  # in several places
+            assert (estimate(y) - x[:, : T - bad].mean(1)).norm(dim=1).max() < 4 * reach
+    y = x.clone()
+    y[:, 4:] = 1e9
+    assert estimate(y).abs().min() > 1e8
+    assert biweight_mean(torch.cat([x, x[:, :1] + 1e9], 1), start="mean").isfinite().all()
+
+
+def test_move_turn_and_stretch_go_through():
+    x, shift = random(B, T, C), random(C, seed=1)
+    turn = torch.linalg.qr(random(C, C, seed=2)).Q
+    for estimate in (geometric_median, biweight_mean):
+        want = estimate(x, MASK)
+        got = estimate(1e-3 * x @ turn + shift, MASK)
+        # The start of the iteration, the median of each channel, does not turn.
+        torch.testing.assert_close(got, 1e-3 * want @ turn + shift, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_frames_and_one_foreign_one():
+    x = torch.ones(1, 5, 3)
+    x[:, 4] = 7
+    for estimate in (geometric_median, biweight_mean):
+        torch.testing.assert_close(estimate(x), torch.ones(1, 3), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(estimate(x[:, :4]), torch.ones(1, 3))
+    x.requires_grad_()
+    biweight_mean(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def people(share, seed=0):
+    """Unit vectors around one of two people; the given share of each clip's frames is of the other one."""
+    g = torch.Generator().manual_seed(seed)
+    own, other = torch.randn(16, 1, 32, generator=g), torch.randn(16, 1, 32, generator=g)
+    foreign = torch.zeros(16, 20, dtype=torch.bool)
+    foreign[:, 3 : 3 + round(20 * share)] = True
+    x = torch.where(foreign[..., None], other, own) + 0.3 * torch.randn(16, 20, 32, generator=g)
+    return x, foreign, own[:, 0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45])
+def test_foreign_frames_are_not_believed(share):
+    x, foreign, own = people(share)
+    details = create_aggregator("robust", 32)(x, return_details=True)
+    assert details.frame_weights[foreign].abs().max() < 1e-3
+    assert torch.equal(outlier_mask(x), details.frame_weights > 0)
+    assert not outlier_mask(x)[foreign].any()
+    assert torch.cosine_similarity(details.embedding, own).min() > 0.98
+    assert torch.cosine_similarity(create_aggregator("mean", 32)(x), own).min() < 0.98
+    keep = outlier_mask(x, ~foreign)
+    assert keep[~foreign].float().mean() > 0.9
+    assert not keep[foreign].any()
+
+
+def test_outlier_mask_keeps_half_of_the_real_frames():
+    x, mask = torch.randn(50, 7, 5), torch.rand(50, 7) < 0.6
+    mask[:, 0] = True
+    keep = outlier_mask(x[..., None, None].expand(-1, -1, -1, 3, 2), mask)
+    assert torch.equal(keep, outlier_mask(x, mask))
+    assert not (keep & ~mask).any()
+    assert (2 * keep.sum(1) >= mask.sum(1)).all()
+
+
+def test_gradients():
+    x = random(2, 5, 3).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    for estimate in (geometric_median, biweight_mean):
+        assert torch.autograd.gradcheck(lambda x, f=estimate: f(x, mask, rounds=5), x)
+
+
+def test_errors_say_what_came():
+    for wrong in ({"c": 1.0}, {"c": float("nan")}, {"rounds": 0}, {"start": "medoid"}):
+        with pytest.raises(ValueError, match="c > 1, rounds >= 1 and start 'median' or 'mean'"):
+            create_aggregator("robust", 8, **wrong)
