@@ -160,7 +160,9 @@ def without_paths(found: dict, settings: dict, run: Path) -> dict:
 
 def command_of(environment: dict) -> str:
     script, _, arguments = environment["command"].partition(" ")
-    inside = script.replace("\\", "/").rpartition("recipes/")[2]  # train.py, benchmarks/study.py
+    recipes = Path(common.__file__).parent
+    places = sorted(recipes.rglob(Path(script).name)) or [recipes / Path(script).name]
+    inside = places[0].relative_to(recipes).as_posix()  # train.py, benchmarks/study.py
     several = environment["processes"] > 1
     start = f"torchrun --nproc_per_node {environment['processes']}" if several else "python"
     return f"{start} recipes/{inside} {arguments}".strip()

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+ENVIRONMENT = {"device": "a", "threads": 4, "python": "3.12", "torch": "2", "timm": "1", "numpy": "2", "load": 0.5}
+
 
 @pytest.fixture
 def results(recipe):
@@ -22,6 +24,13 @@ def part(**rows):
 def file(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
     return tmp_path / name
+
+
+def test_a_page_shows_every_part_of_a_file(results):
+    """Ours takes 5 ms where numpy takes 10."""
+    text = results.page({"retrieval": {**part(distances=([5.0], [10.0])), "environment": ENVIRONMENT}})
+    assert "| distances, 2 x 3 | 5.00 | 10.00 | numpy: 0.50 x |" in text
+    assert "4 threads, Python 3.12" in text
 
 
 def test_what_became_slower_is_named_and_noise_is_not(recipe, tmp_path, capsys):
@@ -66,6 +75,8 @@ def test_files_without_anything_in_common_are_not_compared(recipe, tmp_path):
 
 
 def test_the_page_is_that_of_the_kept_file(results):
+    if not results.RESULTS.exists():
+        pytest.skip("nothing is kept yet: on a quiet machine run python recipes/benchmarks/speed.py all, then page")
     page = results.PAGE.read_text(encoding="utf-8")
     assert page == results.page(results.read(results.RESULTS)), "run: python recipes/benchmarks/speed.py page"
     assert all(f"\n## {title}\n" in page for title in results.TITLES.values())
