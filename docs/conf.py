@@ -29,8 +29,11 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False  # the signatures have the types
 
 # Other projects' objects: nothing is downloaded to link them.
-nitpick_ignore_regex = [("py:.*", r"(?!temporal_agg\.)\w+(\.\w+)+"), ("py:class", r"(temporal_agg\..*\.)?(Array|T)")]
-nitpick_ignore = [("py:class", "Figure"), ("py:class", "Tensor")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!temporal_agg\.)\w+(\.\w+)+"),
+    ("py:class", r"(temporal_agg\..*\.)?(Array|Class|Id|State|T)"),  # type variables
+]
+nitpick_ignore = [("py:class", name) for name in ("Figure", "Image", "Tensor")]
 nitpick_ignore += [("py:class", f"temporal_agg.aggregators.registry.{name}") for name in ("Build", "BuildCriterion")]
 
 
