@@ -78,6 +78,11 @@ def test_every_public_name_is_documented_once(documented):
         assert {name: count for name, count in wrong.items() if count != 1} == {}
 
 
+def test_no_page_has_the_name_of_one_that_sphinx_makes():
+    """It would be written over, without a warning."""
+    assert {page.stem for page in DOCS.glob("*.md")}.isdisjoint(("genindex", "py-modindex", "search"))
+
+
 def test_every_registered_class_is_documented(documented):
     """Where the options of create_aggregator and create_criterion are explained."""
     builds = {f"{name} (aggregator)": entry.build for name, entry in registry._REGISTRY.items()}

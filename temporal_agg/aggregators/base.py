@@ -222,7 +222,8 @@ class Aggregator(nn.Module):
             like: a tensor of the device and type that their features have; None = as the aggregator's parameters.
 
         Returns:
-            A NamedTuple of tensors whose first dimension are the tracklets; :func:`take` and :func:`join` work on it.
+            A NamedTuple of tensors whose first dimension are the tracklets; :func:`~temporal_agg.aggregators.take`
+            and :func:`~temporal_agg.aggregators.join` work on it.
 
         Raises:
             ValueError: an aggregator that does not support streaming (the message says why).
