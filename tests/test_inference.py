@@ -434,7 +434,9 @@ def test_defaults_of_the_caller_do_not_matter(dtype, num_workers):
 
 class Convolutions(nn.Sequential):
     def __init__(self, convolutions, linear):
-        super().__init__(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(convolutions)), *(nn.Linear(3, 3) for _ in range(linear)))
+        super().__init__(
+            *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(convolutions)), *(nn.Linear(3, 3) for _ in range(linear))
+        )
 
 
 def test_the_memory_format_follows_what_the_network_is():
