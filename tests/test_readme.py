@@ -37,10 +37,12 @@ def test_names_in_the_table_exist():
     temporal_agg.create_model("star_resnet10t", img_size=(64, 32))
 
 
-def test_every_file_and_page_named_exists():
-    links = {path for path in re.findall(r"\]\(([^)#]+)[^)]*\)", README) if "://" not in path}
-    files = set(re.findall(r"(?:recipes|tests|temporal_agg|hub|examples|docs)/(?:[\w./]*\w)?", README))
-    assert len(links) > 10
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_file_and_page_named_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = {path for path in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in path}
+    files = set(re.findall(r"(?:recipes|tests|temporal_agg|hub|examples|docs)/(?:[\w./]*\w)?", text))
+    assert links | files
     assert [path for path in sorted(links | files) if not (ROOT / path).exists()] == []
 
 
