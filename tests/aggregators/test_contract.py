@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from versions import needs_exporter
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
 from temporal_agg.aggregators import join, take
@@ -311,6 +312,7 @@ def test_nan_input_stays_visible(aggregator):
     assert embedding[[0, 2]].isfinite().all()
 
 
+@needs_exporter
 def test_compiles_into_one_graph(aggregator):
     torch._dynamo.reset()
     compiled = torch.compile(aggregator, fullgraph=True, dynamic=True)
@@ -324,6 +326,7 @@ def test_compiles_into_one_graph(aggregator):
         torch.testing.assert_close(got.frame_weights, want.frame_weights, rtol=1e-3, atol=1e-4)
 
 
+@needs_exporter
 def test_compiles_in_training(aggregator):
     """Forward and backward in one graph each (captured and run without code generation, to keep the suite short)."""
     torch._dynamo.reset()
@@ -340,6 +343,7 @@ def test_compiles_in_training(aggregator):
     torch.testing.assert_close(dict(other.named_buffers()), dict(aggregator.named_buffers()))
 
 
+@needs_exporter
 def test_exports_with_a_mask(aggregator):
     features, extra = inputs(aggregator, B=2)
     dynamic_length = not (aggregator.is_recurrent or aggregator.clip_length)
