@@ -9,6 +9,7 @@ from versions import needs_exporter
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
 from temporal_agg.aggregators import join, take
+from temporal_agg.aggregators.registry import aggregator_options
 
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
@@ -18,9 +19,16 @@ NAMES = list_aggregators()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def build(name, **kwargs):
+def create(name):
+    """As small as its options allow: gsta and lstm have 512 hidden features if not told otherwise."""
+    return create_aggregator(
+        name, C, **{"hidden_features": 24} if "hidden_features" in aggregator_options(name) else {}
+    )
+
+
+def build(name):
     torch.manual_seed(0)
-    aggregator = create_aggregator(name, C, **kwargs)
+    aggregator = create(name)
     # Leave the initial values: zero weights and unit norms would hide faults.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -299,7 +307,7 @@ def test_eval_is_deterministic_and_changes_nothing(aggregator):
 
 def test_state_dict_round_trip(name, aggregator):
     features, extra = inputs(aggregator)
-    fresh = create_aggregator(name, C).eval()
+    fresh = create(name).eval()
     fresh.load_state_dict(aggregator.state_dict(), strict=True)
     assert torch.equal(fresh(features, **extra), aggregator(features, **extra))
 
@@ -313,9 +321,10 @@ def test_nan_input_stays_visible(aggregator):
 
 
 @needs_exporter
-def test_compiles_into_one_graph(aggregator):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(aggregator, backend):
     torch._dynamo.reset()
-    compiled = torch.compile(aggregator, fullgraph=True, dynamic=True)
+    compiled = torch.compile(aggregator, fullgraph=True, dynamic=True, backend=backend)
     for B, T in ((2, 3), (3, 2)) if aggregator.clip_length is None else ((2, None), (3, None)):
         features, extra = inputs(aggregator, B=B, T=T, size=(8, 6))  # sizes that differ from each other
         mask = holes(features.shape[1], (1, 3, 2)[:B])
