@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from versions import needs_exporter
+from versions import needs_exporter, needs_torch
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
 from temporal_agg.aggregators import join, take
@@ -227,7 +227,11 @@ def test_bfloat16_autocast(aggregator):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in aggregator.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=needs_torch("2.4", "float16 on a CPU"))],
+    ids=str,
+)
 def test_half_precision_in_evaluation(aggregator, dtype):
     """``.half()`` and ``.bfloat16()``: every parameter and the input in half precision, no autocast."""
     features, extra = inputs(aggregator, B=4)
