@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
+from .models.inputs import fastest_memory_format
 
 if TYPE_CHECKING:
     from .models import TrackletModel
 
-__all__ = ["FrameRunner", "Precision", "allowed_cores", "embed_tracklets", "fastest_memory_format"]
+__all__ = ["FrameRunner", "Precision", "allowed_cores", "embed_tracklets"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Part = TypeVar("Part")
@@ -197,17 +198,6 @@ class FrameRunner:
         passes = zip(pixels.split(self.size), flows, strict=False)
         features, images = zip(*(self.model.frame_features(*self.load(*part)) for part in passes), strict=True)
         return _join(features), None if images[0] is None else _join(images)
-
-
-def fastest_memory_format(module: nn.Module) -> torch.memory_format:
-    """The memory format in which images should enter: ``channels_last`` for convolutional networks.
-
-    A network counts as one if at least a quarter of its linear and convolutional layers are 2-D convolutions (ResNet:
-    all; ConvNeXt, MaxViT: about 0.4; ViT, Swin: 0.02). Only the images need the format: it passes on from layer to
-    layer, and the weights stay as they are.
-    """
-    layers = [isinstance(m, nn.Conv2d) for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return torch.channels_last if layers and sum(layers) >= len(layers) / 4 else torch.contiguous_format
 
 
 def allowed_cores() -> int:

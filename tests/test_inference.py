@@ -17,8 +17,9 @@ from versions import BEGIN
 from temporal_agg import inference
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
-from temporal_agg.inference import allowed_cores, embed_tracklets, fastest_memory_format
+from temporal_agg.inference import allowed_cores, embed_tracklets
 from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel
+from temporal_agg.models.inputs import fastest_memory_format
 
 C, SIZE = 32, (32, 16)
 LENGTHS = (1, 23, 7, 8, 3, 16)
@@ -434,7 +435,9 @@ def test_defaults_of_the_caller_do_not_matter(dtype, num_workers):
 
 class Convolutions(nn.Sequential):
     def __init__(self, convolutions, linear):
-        super().__init__(*(nn.Conv2d(3, 3, 1) for _ in range(convolutions)), *(nn.Linear(3, 3) for _ in range(linear)))
+        super().__init__(
+            *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(convolutions)), *(nn.Linear(3, 3) for _ in range(linear))
+        )
 
 
 def test_the_memory_format_follows_what_the_network_is():

@@ -1,8 +1,9 @@
-"""What the models of this folder check in every call."""
+"""What the models of this folder want of images."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["check_images"]
+__all__ = ["check_images", "fastest_memory_format"]
 
 
 def check_images(name: str, images: Tensor, channels: int, lead: str = "N") -> None:
@@ -13,3 +14,16 @@ def check_images(name: str, images: Tensor, channels: int, lead: str = "N") -> N
         raise TypeError(f"{name} must be a normalised floating-point tensor {wanted}, got {got}.")
     if images.dim() != lead.count(",") + 4 or images.shape[-3] != channels:
         raise ValueError(f"{name} must have the shape {wanted}, got {list(images.shape)}.")
+
+
+def fastest_memory_format(module: nn.Module) -> torch.memory_format:
+    """The layout in which a network wants its images: ``channels_last`` for convolutional ones, else
+    ``contiguous_format``.
+
+    What counts is that of the layers with weights more than one in 16 is a convolution wider than 1x1: 32 % of
+    resnet50's are, 20 % of efficientnet_b0's, 9 % of maxvit_nano's; Swin and ViT have one in 50, their patch embedding.
+    The layout passes on from layer to layer: weights may stay as they are.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    wide = sum(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in layers)
+    return torch.channels_last if 16 * wide > len(layers) else torch.contiguous_format

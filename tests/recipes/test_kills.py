@@ -142,12 +142,12 @@ def test_train_in_stages(server, tmp_path):
     start.mkdir()
     (start / "stages.yaml").write_text("epochs: 1\nstages: [{lr: 0.01}, {}]\n")
     argv = ["--config", "{}/stages.yaml", *TINY, "--out", "{}/runs"]
-    kill_everywhere(server, tmp_path, "train", argv, start, most=16)
+    kill_everywhere(server, tmp_path, "train", argv, start, most=min(16, MOST))
 
 
 def test_train_by_two_processes(server, tmp_path):
     argv = [*TINY, "--epochs", "2", "--save-every", "1", "--out", "{}/runs"]
-    kill_everywhere(server, tmp_path, "train", argv, processes=2, most=12)
+    kill_everywhere(server, tmp_path, "train", argv, processes=2, most=min(12, MOST))
 
 
 @pytest.fixture(scope="module")
@@ -205,4 +205,4 @@ study.Size = lambda: size
 
 def test_study(server, tmp_path):
     argv = ["--out", "{}", "--only", "mean", "--seeds", "2", "--device", "cpu"]
-    kill_everywhere(server, tmp_path, "study", argv, setup=STUDY, most=8)
+    kill_everywhere(server, tmp_path, "study", argv, setup=STUDY, most=min(8, MOST))

@@ -69,7 +69,7 @@ def test_the_literal_form_is_the_aggregator(benchmark, name, options, train):
 
 
 def test_every_paper_has_a_literal_form(benchmark):
-    assert PAPERS <= set(benchmark.literal.FORMS) == set(list_aggregators())
+    assert PAPERS <= set(benchmark.literal.FORMS) <= set(list_aggregators())
 
 
 def test_the_joined_weight_of_gsta_is_measured_not_its_joining(benchmark):
