@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from versions import BEGIN
 
 import temporal_agg
 from temporal_agg import _embed, cli, retrieval
@@ -109,7 +110,9 @@ cli.main(sys.argv[1:])
 def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys):
     command = ["embed", str(folder), "-o", str(tmp_path / "out.npz"), "--model", str(models / "first")]
     command += ["--frames-per-batch", "4"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", BEGIN + KILLED, *command], capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -9, killed.stderr
     part = tmp_path / "out.npz.part"
     lines = part.read_bytes().splitlines(keepends=True)

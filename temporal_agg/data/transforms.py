@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+import torchvision
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+
+torchvision.disable_beta_transforms_warning()  # torchvision 0.15 says about the next line that it may change
+from torchvision.transforms import v2  # noqa: E402
+from torchvision.transforms.v2 import functional as F  # noqa: E402
 
 __all__ = ["ClipTransform"]
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from torch import nn
+from versions import needs_exporter
 
 from temporal_agg.models import create_model, load_weights, read_checkpoint, unwrap
 
@@ -150,7 +151,9 @@ def test_of_two_networks_of_one_shape_one_has_to_be_named(model, backbone, tmp_p
 
 
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compile"]
+    "wrap",
+    [nn.DataParallel, pytest.param(partial(torch.compile, backend="eager"), marks=needs_exporter)],
+    ids=["parallel", "compile"],
 )
 def test_wrapped_models_are_taken(model, tmp_path, wrap):
     want = {key: value + 1 for key, value in model.state_dict().items()}
