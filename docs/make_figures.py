@@ -22,7 +22,6 @@ from temporal_agg import (
     create_model,
     data,
     embed_tracklets,
-    evaluate,
     plot,
     retrieval,
 )
@@ -60,8 +59,7 @@ def main() -> None:
 
 
 def transform(model: TrackletModel) -> data.ClipTransform:
-    config = model.data_config
-    return data.ClipTransform(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])
+    return data.ClipTransform.for_model(model)
 
 
 def trained(aggregator: Aggregator, name: str, tracklets, maps: torch.Tensor, images: torch.Tensor) -> Aggregator:
@@ -96,13 +94,12 @@ def save(figure, name: str) -> None:
 
 def draw_results(demonstration: TrackletModel, people: data.TrackletData) -> None:
     sides = (people.query, people.gallery)
-    ids = [[getattr(t, key) for t in side] for side in sides for key in ("pid", "camera")]
     curves = {}
     fresh = TrackletModel(demonstration.encoder, create_aggregator("mean", demonstration.encoder.num_features))
     for label, model in {"attention": demonstration, "mean of the same frames": fresh}.items():
         query, gallery = (embed_tracklets(model, side, progress=False) for side in sides)
         distances = retrieval.distances(query, gallery, demonstration.clip.distance)
-        metrics = evaluate(distances, *ids, query_index=people.query_index)
+        metrics = retrieval.evaluate_tracklets(distances, *sides)
         curves[f"{label}: mAP {100 * metrics.map:.1f}"] = metrics.cmc
         if model is demonstration:
             ranked = plot.ranked_lists(

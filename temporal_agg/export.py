@@ -68,6 +68,14 @@ def export_onnx(
         TypeError: neither a model nor an aggregator.
         ValueError: a length or size that does not fit, or more than 2 GB of weights, which one file cannot hold.
         RuntimeError: the model cannot be exported, or its file computes something else. The cause is attached.
+
+    Example:
+        >>> import onnxruntime
+        >>> from temporal_agg import create_model, export_onnx
+        >>> model = create_model("mean_resnet10t", img_size=(64, 32))
+        >>> export_onnx(model, "model.onnx")  # onnxruntime has computed the model's embeddings with it
+        >>> onnxruntime.InferenceSession("model.onnx").get_inputs()[0].shape
+        ['batch', 'length', 3, 64, 32]
     """
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if version < OLDEST:

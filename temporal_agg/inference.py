@@ -86,6 +86,14 @@ def embed_tracklets(
         TypeError: no :class:`TrackletModel`.
         ValueError: no tracklet, a tracklet without a frame, ``frames_per_batch`` below 1, or an unknown precision.
         FlowError: a tracklet without optical flow, and an encoder that takes it.
+
+    Example:
+        >>> from temporal_agg import create_model, embed_tracklets
+        >>> from temporal_agg.data import open_dataset
+        >>> people = open_dataset("synthetic", num_identities=4, num_cameras=2, size=(64, 32))
+        >>> model = create_model("mean_resnet10t", img_size=(64, 32))
+        >>> embed_tracklets(model, people.query, progress=False).shape
+        torch.Size([4, 512])
     """
     if not len(tracklets):
         raise ValueError("tracklets is empty: there is nothing to embed.")

@@ -179,6 +179,14 @@ def frame_weights(
         ImportError: no matplotlib.
         TypeError: neither a model nor ``Details``.
         ValueError: no such clip, frames that do not fit ``Details``, or ``shown`` below 1.
+
+    Example:
+        >>> from temporal_agg import create_model
+        >>> from temporal_agg.data import open_dataset
+        >>> from temporal_agg.plot import frame_weights
+        >>> tracklet = open_dataset("synthetic", num_identities=4, size=(64, 32)).query[0]
+        >>> model = create_model("attention_resnet10t", img_size=(64, 32))
+        >>> frame_weights(model, tracklet).savefig("weights.png")
     """
     parts = _clips(model, tracklet, clip)
     weights = np.zeros(len(tracklet))
@@ -226,6 +234,16 @@ def maps(
         TypeError: neither a model nor ``Details``.
         ValueError: no such map or clip, a map that is not of its kind, frames that do not fit ``Details``, or ``shown``
             below 1.
+
+    Example:
+        >>> from temporal_agg import create_model
+        >>> from temporal_agg.data import open_dataset
+        >>> from temporal_agg.plot import maps
+        >>> tracklet = open_dataset("synthetic", num_identities=4, size=(64, 32)).query[0]
+        >>> model = create_model("grl_resnet10t", img_size=(64, 32))
+        >>> sorted(model.aggregator.maps)
+        ['attention', 'correlation', 'memory']
+        >>> maps(model, tracklet, ["correlation"]).savefig("correlation.png")
     """
     (part,) = _clips(model, tracklet, clip)
     if not isinstance(model, Details):

@@ -60,6 +60,17 @@ class TrackletStream(Generic[Id]):
     Raises:
         TypeError: no :class:`TrackletModel`.
         ValueError: a number below what it must be, or an unknown precision.
+
+    Example:
+        >>> import numpy as np
+        >>> from temporal_agg import TrackletStream, create_model
+        >>> stream = TrackletStream(create_model("attention_resnet10t", img_size=(64, 32)))
+        >>> crop = np.zeros((64, 32, 3), np.uint8)
+        >>> stream.update([crop, crop], ids=["track 1", "track 7"])  # of one frame of the video
+        >>> stream.update([crop], ids=["track 7"])
+        >>> ids, embeddings = stream.embeddings()
+        >>> ids, embeddings.shape
+        (['track 1', 'track 7'], torch.Size([2, 512]))
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, has every public name once, and its code runs."""
 
+import doctest
 import functools
 import importlib.util
 import subprocess
@@ -19,6 +20,34 @@ DOCS = documents.ROOT / "docs"
 KINDS = ("py:class", "py:exception", "py:function", "py:module")
 SLOW = ("recipes/benchmarks/speed.py", "recipes/benchmarks/study.py")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(documents.blocks(page))]
+PARSED = ("benchmarks",)  # what these pages run wants data sets that nobody may pass on
+MET_FIRST = [  # each with an example that runs
+    temporal_agg.Aggregator,
+    temporal_agg.ClipConfig,
+    temporal_agg.Details,
+    temporal_agg.FrameEncoder,
+    temporal_agg.Tracklet,
+    temporal_agg.TrackletModel,
+    temporal_agg.TrackletStream,
+    temporal_agg.create_aggregator,
+    temporal_agg.create_criterion,
+    temporal_agg.create_model,
+    temporal_agg.embed_tracklets,
+    temporal_agg.export_onnx,
+    temporal_agg.list_aggregators,
+    temporal_agg.list_models,
+    temporal_agg.load_weights,
+    temporal_agg.register_aggregator,
+    data.ClipDataset,
+    data.IdentityBatchSampler,
+    data.open_dataset,
+    plot.frame_weights,
+    plot.maps,
+    retrieval.evaluate_tracklets,
+    retrieval.link,
+    retrieval.rerank,
+    retrieval.search,
+]
 
 # Torch's own compiler and exporter import modules that warn about each other.
 pytestmark = pytest.mark.filterwarnings(
@@ -49,6 +78,11 @@ def test_every_public_name_is_documented_once(documented):
         assert {name: count for name, count in wrong.items() if count != 1} == {}
 
 
+def test_no_page_has_the_name_of_one_that_sphinx_makes():
+    """It would be written over, without a warning."""
+    assert {page.stem for page in DOCS.glob("*.md")}.isdisjoint(("genindex", "py-modindex", "search"))
+
+
 def test_every_registered_class_is_documented(documented):
     """Where the options of create_aggregator and create_criterion are explained."""
     builds = {f"{name} (aggregator)": entry.build for name, entry in registry._REGISTRY.items()}
@@ -57,12 +91,26 @@ def test_every_registered_class_is_documented(documented):
 
 
 @pytest.fixture
-def page_runner(tmp_path, monkeypatch):
-    """Runs a page's blocks in order, in one namespace and an empty folder."""
+def empty_folder(tmp_path, monkeypatch):
+    """Where pages and examples write what they want; the names that they register go afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # pages register names
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
     torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("thing", MET_FIRST, ids=lambda thing: thing.__name__)
+def test_examples_in_docstrings_run(thing, empty_folder):
+    test = doctest.DocTestParser().get_doctest(thing.__doc__, {}, thing.__name__, None, 0)
+    assert test.examples
+    wrong = []
+    doctest.DocTestRunner().run(test, out=wrong.append)
+    assert not wrong, "".join(wrong)
+
+
+@pytest.fixture
+def page_runner(empty_folder):
+    """Runs a page's blocks in order, in one namespace and an empty folder."""
     torch._dynamo.reset()  # other tests' graphs count, too
 
     def run(page):
@@ -72,13 +120,15 @@ def page_runner(tmp_path, monkeypatch):
                 exec(compile(code, str(page), "exec"), names)
             elif language == "bash":
                 for words in documents.commands(code):
-                    run_command(words)
+                    run_command(words, page.stem in PARSED)
 
     return run
 
 
-def run_command(words):
+def run_command(words, only_parse=False):
     documents.check(words)
+    if only_parse:
+        return
     script = documents.script_of(words)
     if words[0] == "temporal-agg":
         assert cli.main(words[1:]) == 0

@@ -72,6 +72,14 @@ class Details(NamedTuple):
         frame_weights: ``[B, T]``, how much each frame counted; 0 for padding, a row sums to 1.
         maps: finer forms of the weights, by name; ``aggregator.maps`` says what their axes are.
         supervised: extra tensors that the paper's losses need, by name (see the aggregator).
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_aggregator
+        >>> aggregator = create_aggregator("mean", in_features=16)
+        >>> details = aggregator(torch.randn(1, 3, 16), torch.tensor([[True, True, False]]), return_details=True)
+        >>> details.frame_weights
+        tensor([[0.5000, 0.5000, 0.0000]])
     """
 
     embedding: Tensor
@@ -102,6 +110,17 @@ class Aggregator(nn.Module):
         needs_frames: True: forward wants ``frames=[B, T, 3, H, W]``.
         is_recurrent: True: loops over the frames, so that compiled and exported graphs serve one T each.
         maps: what each entry of ``Details.maps`` is. Those of :meth:`finer_maps` only :meth:`inspect` gives.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_aggregator
+        >>> aggregator = create_aggregator("robust", in_features=64).eval()
+        >>> aggregator.num_features, aggregator.needs_maps, aggregator.supports_streaming
+        (64, False, True)
+        >>> features, mask = torch.randn(1, 3, 64), torch.tensor([[True, False, True]])
+        >>> features[0, 1] = float("nan")  # padding
+        >>> torch.allclose(aggregator(features, mask), aggregator(features[:, [0, 2]]))
+        True
     """
 
     clip_length: int | None = None
@@ -203,7 +222,8 @@ class Aggregator(nn.Module):
             like: a tensor of the device and type that their features have; None = as the aggregator's parameters.
 
         Returns:
-            A NamedTuple of tensors whose first dimension are the tracklets; :func:`take` and :func:`join` work on it.
+            A NamedTuple of tensors whose first dimension are the tracklets; :func:`~temporal_agg.aggregators.take`
+            and :func:`~temporal_agg.aggregators.join` work on it.
 
         Raises:
             ValueError: an aggregator that does not support streaming (the message says why).

@@ -121,6 +121,25 @@ def register_aggregator(
 
     Raises:
         ValueError: a name that is taken, or no name.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from temporal_agg import Aggregator, Details, create_aggregator, register_aggregator
+        >>> from temporal_agg.aggregators.base import frame_vectors, weighted_sum
+        >>> @register_aggregator("longest")
+        ... class Longest(Aggregator):
+        ...     # The frame vector of the greatest length.
+        ...
+        ...     def __init__(self, in_features: int):
+        ...         super().__init__(in_features, num_features=in_features)
+        ...
+        ...     def aggregate(self, features, mask, frames):
+        ...         x = frame_vectors(features)
+        ...         weights = F.one_hot((x.norm(dim=2) + mask).argmax(1), x.shape[1])  # a real one: padding is 0
+        ...         return Details(weighted_sum(x, weights), mask, weights.float(), {}, {})
+        >>> create_aggregator("longest", in_features=2)(torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]))
+        tensor([[3., 4.]])
     """
     _check_new(name, "an aggregator", _REGISTRY)
 
@@ -152,7 +171,13 @@ def register_criterion(name: str) -> Callable[[BuildCriterion], BuildCriterion]:
 
 
 def list_aggregators(pattern: str = "*") -> list[str]:
-    """The registered names that match a shell-style ``pattern``, sorted."""
+    """The registered names that match a shell-style ``pattern``, sorted.
+
+    Example:
+        >>> from temporal_agg import list_aggregators
+        >>> list_aggregators("grl*")
+        ['grl', 'grl_released']
+    """
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 
@@ -172,6 +197,13 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
     Raises:
         ValueError: an unknown name (the message has the nearest ones).
         TypeError: an unknown option (the message lists the options it has).
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_aggregator
+        >>> aggregator = create_aggregator("gltr", in_features=512).eval()
+        >>> aggregator(torch.randn(2, 8, 512, 8, 4)).shape  # the maps of 2 clips of 8 frames
+        torch.Size([2, 384])
     """
     entry = registry_entry(name)
     _check_options(f"aggregator {name!r}", aggregator_options(name), kwargs)
@@ -193,6 +225,17 @@ def create_criterion(name: str, num_classes: int, model: nn.Module, **kwargs) ->
     Raises:
         ValueError: an unknown name (the message has the nearest ones), or fewer than one class.
         TypeError: an unknown option, or a model that does not give what the criterion reads.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_aggregator, create_criterion
+        >>> aggregator = create_aggregator("loga", in_features=64, clip_length=8)
+        >>> criterion = create_criterion("loga", num_classes=10, model=aggregator)
+        >>> details = aggregator(torch.randn(4, 8, 64), frames=torch.randn(4, 8, 3, 64, 32), return_details=True)
+        >>> losses = criterion(details, torch.tensor([0, 0, 7, 7]))
+        >>> sorted(losses)
+        ['cross_entropy', 'loss', 'triplet']
+        >>> losses["loss"].backward()
     """
     build = _known(name, "criterion", _CRITERIA)
     options = [p for p in inspect.signature(build).parameters if p not in ("num_classes", "model")]

@@ -37,6 +37,17 @@ class ClipDataset(Dataset):
     Raises:
         ValueError: junk (pid -1), an identity without a label, an unknown policy or fill.
         FlowError: a tracklet without optical flow, where it is wanted.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from temporal_agg.data import ClipDataset, ClipTransform, collate_clips, open_dataset
+        >>> people = open_dataset("synthetic", num_identities=4)
+        >>> transform = ClipTransform((64, 32), train=True)
+        >>> clips = ClipDataset(people.train, people.label_map, transform, length=4)
+        >>> loader = DataLoader(clips, batch_size=2, shuffle=True, collate_fn=collate_clips)
+        >>> batch = next(iter(loader))
+        >>> batch["clip"].shape, batch["mask"].shape, batch["label"].shape
+        (torch.Size([2, 4, 3, 64, 32]), torch.Size([2, 4]), torch.Size([2]))
     """
 
     def __init__(

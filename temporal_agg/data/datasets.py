@@ -39,6 +39,12 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Trackl
     Raises:
         ValueError: an unknown name (the message has the nearest), or a root that is missing or not wanted.
         TypeError: an unknown option (the message lists those it has).
+
+    Example:
+        >>> from temporal_agg.data import open_dataset
+        >>> people = open_dataset("synthetic", num_identities=4, num_cameras=2)  # or open_dataset("folder", "<root>")
+        >>> people
+        TrackletData('synthetic', train=8, query=4, gallery=4)
     """
     reader = _reader(name)
     parameters = list(inspect.signature(reader).parameters.values())

@@ -111,6 +111,15 @@ class IdentityBatchSampler(_BatchSampler):
 
     Raises:
         ValueError: fewer identities than P, a P that W does not divide, or a number out of range.
+
+    Example:
+        >>> from temporal_agg.data import IdentityBatchSampler
+        >>> labels = [0, 0, 0, 1, 1, 2, 2, 2]  # of the training tracklets
+        >>> batches = IdentityBatchSampler(labels, identities_per_batch=2, clips_per_identity=2, seed=0)
+        >>> batches.set_epoch(0)
+        >>> first = next(iter(batches))  # DataLoader(dataset, batch_sampler=batches, ...) does this
+        >>> len(first), len({labels[draw.index] for draw in first})
+        (4, 2)
     """
 
     def __init__(

@@ -41,6 +41,15 @@ class ClipConfig:
         tail: the last window of a ``dense`` test, when it would run over the end: ``fill`` it as above, or ``shift``
             it back.
         distance: ``cosine``, ``euclidean`` or ``dot``.
+
+    Example:
+        >>> from temporal_agg import ClipConfig
+        >>> clip = ClipConfig(length=4, test_sampling="dense", fill="mask")
+        >>> indices, mask = clip.cut(6)  # of a tracklet of 6 frames
+        >>> indices.tolist()
+        [[0, 1, 2, 3], [4, 5, 5, 5]]
+        >>> mask[1].tolist()
+        [True, True, False, False]
     """
 
     length: int = 8

@@ -83,6 +83,14 @@ class Tracklet:
     Raises:
         TypeError: a path in place of a sequence of them, or an identity or camera that is no integer.
         ValueError: no frame, arrays of flow that are not one a frame, an identity or camera below -1 or from 2**63 on.
+
+    Example:
+        >>> import numpy as np
+        >>> from temporal_agg import Tracklet
+        >>> crops = [np.zeros((128, 64, 3), np.uint8) for _ in range(5)]
+        >>> tracklet = Tracklet(crops, pid=12, camera=3, name="door")
+        >>> len(tracklet), tracklet.load([0, 4])[1].shape
+        (5, torch.Size([3, 128, 64]))
     """
 
     frames: Sequence[Frame]

@@ -72,6 +72,13 @@ class FrameEncoder(nn.Module):
         TypeError: a model that has no maps to give (the message says why), or arguments that go with a name only.
         ValueError: an unknown name (the message has the nearest ones), a size that the model does not take,
             ``last_stride=1`` outside the ResNet family, or checkpointing where the model has none.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import FrameEncoder
+        >>> encoder = FrameEncoder("resnet10t", img_size=(64, 32), last_stride=1)
+        >>> encoder(torch.randn(5, 3, 64, 32)).shape  # 5 frames
+        torch.Size([5, 512, 4, 2])
     """
 
     prefix = ""  # of its backbones' names

@@ -87,6 +87,13 @@ def create_model(
         TypeError: an unknown option (the message lists those there are).
         FileNotFoundError: planned weights, which have not been released (the message says what to do meanwhile), and
             what :meth:`TrackletModel.from_pretrained` does not find.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_model
+        >>> model = create_model("gltr_resnet10t", img_size=(64, 32)).eval()
+        >>> model(torch.randn(2, 8, 3, 64, 32)).shape  # 2 clips of 8 frames
+        torch.Size([2, 384])
     """
     if not isinstance(name, str):
         raise TypeError(f"a model is named by a string, for a directory 'local-dir:<path>', got {name!r}.")
@@ -165,6 +172,11 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     Args:
         pattern: such as ``"gltr_*"``.
         pretrained: only the names of released weights, such as ``loga_resnet50.mars``; planned ones are no such names.
+
+    Example:
+        >>> from temporal_agg import list_models
+        >>> list_models("gltr_resnet*")
+        ['gltr_resnet18', 'gltr_resnet50']
     """
     names = {weights.name for weights in manifest.read().values() if weights.released}
     if not pretrained:

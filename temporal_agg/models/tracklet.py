@@ -45,6 +45,16 @@ class TrackletModel(nn.Module):
 
     Raises:
         ValueError: encoder and aggregator, or aggregator and clip, do not fit.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import FrameEncoder, TrackletModel, create_aggregator
+        >>> encoder = FrameEncoder("resnet10t", img_size=(64, 32))
+        >>> model = TrackletModel(encoder, create_aggregator("attention", encoder.num_features)).eval()
+        >>> clips, mask = torch.randn(2, 3, 3, 64, 32), torch.tensor([[True, True, True], [True, True, False]])
+        >>> details = model(clips, mask, return_details=True)
+        >>> details.embedding.shape, details.frame_weights.shape
+        (torch.Size([2, 512]), torch.Size([2, 3]))
     """
 
     encoder: nn.Module
@@ -91,8 +101,8 @@ class TrackletModel(nn.Module):
             flow: ``[N, 2, H, W]``, the optical flow in pixels, for encoders with a stem for it.
 
         Returns:
-            The features: maps ``[N, C, h, w]``, or their means over space ``[N, C]`` where the aggregator does not need
-            maps. And the images ``[N, 3, H, W]``, None where it does not read them.
+            Maps ``[N, C, h, w]``, or their means over space ``[N, C]`` where the aggregator does not need maps, and
+            the images ``[N, 3, H, W]``, None where it does not read them.
         """
         features = self.encode_frames(frames, flow)
         if features.dim() == 4 and not self.aggregator.needs_maps:

@@ -119,6 +119,16 @@ def load_weights(
         ValueError: another kind of file; weights that are not finite numbers; strict: keys, shapes or kinds of numbers
             that are not the model's (the message names them); else: a file of which nothing fits, or of which two
             networks fit alike.
+
+    Example:
+        >>> import torch
+        >>> from temporal_agg import create_model, load_weights
+        >>> model = create_model("mean_resnet10t", img_size=(64, 32))
+        >>> theirs = {f"module.{name}": x for name, x in model.encoder.backbone.state_dict().items()}
+        >>> torch.save({"state_dict": {**theirs, "module.fc.bias": torch.zeros(625)}}, "theirs.pth")
+        >>> report = load_weights(model, "theirs.pth", strict=False)
+        >>> report.missing, report.unexpected
+        ((), ('fc.bias',))
     """
     return _load(model, path, strict, prefix)
 

@@ -158,6 +158,17 @@ def evaluate_tracklets(
     Raises:
         TypeError: tracklets without ``pid`` or ``camera``; as in ``evaluate``.
         ValueError: as in ``evaluate``.
+
+    Example:
+        >>> from temporal_agg import create_model, embed_tracklets
+        >>> from temporal_agg.data import open_dataset
+        >>> from temporal_agg.retrieval import distances, evaluate_tracklets
+        >>> people = open_dataset("synthetic", num_identities=4, size=(64, 32))
+        >>> model = create_model("mean_resnet10t", img_size=(64, 32))
+        >>> query, gallery = (embed_tracklets(model, part, progress=False) for part in (people.query, people.gallery))
+        >>> metrics = evaluate_tracklets(distances(query, gallery, "cosine"), people.query, people.gallery)
+        >>> 0 <= metrics.map <= metrics.rank(20) == 1
+        True
     """
     return evaluate(distances, **tracklet_ids(query, gallery), ranks=ranks, ap=ap)
 

@@ -47,6 +47,15 @@ def link(
         TypeError: embeddings or times that are no numbers, cameras that are no integers.
         ValueError: as in ``distances``; a threshold that is NaN, times that are given in part, do not fit, are not
             finite, or end before they start.
+
+    Example:
+        >>> import numpy as np
+        >>> from temporal_agg.retrieval import link
+        >>> embeddings = np.array([[1.0, 0.1], [0.1, 1.0], [1.0, 0.0], [1.0, 0.2]])
+        >>> link(embeddings, threshold=0.3)
+        array([0, 1, 0, 0])
+        >>> link(embeddings, threshold=0.3, start=[0, 0, 50, 0], end=[9, 9, 59, 9])  # the first and the last overlap
+        array([0, 1, 0, 2])
     """
     if not isinstance(threshold, int | float | np.number) or math.isnan(threshold):
         raise ValueError(f"threshold must be a number, got {threshold!r}.")

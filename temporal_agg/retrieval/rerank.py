@@ -94,6 +94,14 @@ def rerank(
         TypeError: numpy mixed with torch, or neither; a setting of another type.
         ValueError: a wrong shape or setting, different devices, NaN or infinity among the embeddings, or magnitudes
             more than 1e15 apart.
+
+    Example:
+        >>> import numpy as np
+        >>> from temporal_agg import rerank
+        >>> looks = np.eye(4).repeat(5, 0) + 0.1 * np.random.default_rng(0).normal(size=(20, 4))  # 4 people, 5 each
+        >>> distances = rerank(looks[::5], looks, k1=5, k2=2)
+        >>> distances.shape, (distances.argsort(1)[:, :5] // 5).tolist()
+        ((4, 20), [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [3, 3, 3, 3, 3]])
     """
     settings = _settings(k1, k2, lambda_value, chunk_size)
     candidates = None if candidates is None else whole("candidates", candidates)

@@ -75,6 +75,14 @@ def search(
     Raises:
         TypeError: as in ``distances``; k or block that is no whole number, exclude that holds no integers.
         ValueError: as in ``distances``; k or block below 1, places outside queries or gallery.
+
+    Example:
+        >>> import numpy as np
+        >>> from temporal_agg.retrieval import search
+        >>> gallery = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> found = search(np.array([[2.0, 0.0]]), gallery, k=2)
+        >>> found.indices, found.distances.round(2)
+        (array([[0, 2]]), array([[0.  , 0.29]], dtype=float32))
     """
     k = whole("k", k)
     block = None if block is None else whole("block", block)
