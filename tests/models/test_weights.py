@@ -212,6 +212,26 @@ def test_nothing_that_fits_is_an_error(model, tmp_path):
         load_weights(model, tmp_path / "x.pth", strict=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to(torch.complex64),
+        lambda x: x.to_sparse(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: x.to("meta"),
+    ],
+    ids=["complex", "sparse", "quantized", "meta"],
+)
+def test_numbers_that_are_not_stored_plainly_do_not_fit(model, tmp_path, change):
+    """Also not where the counters of BatchNorm, which are integers, would."""
+    state = {key: change(value) if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"nothing in .*x\.pth fits the model: .* of another shape or kind are encoder"):
+        load_weights(model, tmp_path / "x.pth", strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class Encoded:
     """What the unpickler of torch would do for any file: encode a text by a codec of the file's choice."""
 
