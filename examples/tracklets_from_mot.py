@@ -34,10 +34,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from temporal_agg._files import locked, read_json, read_text, replace_file
 from temporal_agg.data import open_image
 from temporal_agg.data.boxes import Box, crop, people_in, read_boxes
 from temporal_agg.data.images import is_image
+from temporal_agg.files import locked, read_json, read_text, replace_file
 
 TILE, COLUMNS, LABEL = (64, 128), 8, 200  # of the contact sheet, in pixels
 

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import common
@@ -33,20 +34,21 @@ from temporal_agg.data.flow import flow_file
 # Embeddings on disk
 
 
-def fingerprint(model: temporal_agg.TrackletModel, tracklets: Sequence[data.Tracklet]) -> str:
-    """Changes with the model's parts, options and weights, the clips, the input and every frame and its flow (a file:
-    its path, size and time of change)."""
+def fingerprint(model: temporal_agg.TrackletModel, *sides: Sequence[data.Tracklet]) -> str:
+    """Changes with the model's parts, options and weights, the clips, the input, which tracklets are on which side, and
+    every frame and its flow (a file: its path, size and time of change)."""
     parts = [(type(part).__name__, getattr(part, "config", None)) for part in (model.encoder, model.aggregator)]
     digest = hashlib.sha256(f"{temporal_agg.__version__} {parts} {model.clip} {model.data_config}".encode())
 
     def file(path: str | os.PathLike) -> None:
         status = os.stat(path)
-        digest.update(f" {path} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(os.fsencode(f" {os.fspath(path)} {status.st_size} {status.st_mtime_ns}"))
 
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for tracklet in tracklets:
+    digest.update(f"\n{[len(side) for side in sides]}".encode())
+    for tracklet in chain(*sides):
         digest.update(f"\n{len(tracklet)}".encode())
         frames = getattr(tracklet, "frames", None)
         for frame in tracklet.load(range(len(tracklet))) if frames is None else frames:
@@ -65,7 +67,7 @@ def fingerprint(model: temporal_agg.TrackletModel, tracklets: Sequence[data.Trac
 def cached_embeddings(model, dataset, accelerator, directory: Path, frames_per_batch: int) -> tuple[Tensor, Tensor]:
     """Queries and gallery, read if the same model embedded the same frames before."""
     precision = accelerator.mixed_precision
-    key = fingerprint(model, [*dataset.gallery, *dataset.query])
+    key = fingerprint(model, dataset.gallery, dataset.query)
     file = directory / f"embeddings-{key}{'' if precision == 'no' else '-' + precision}.safetensors"
     accelerator.wait_for_everyone()
     if file.is_file():

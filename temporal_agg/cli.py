@@ -155,6 +155,8 @@ def run_search(args: argparse.Namespace) -> None:
         raise ValueError(f"-k must be at least 1, got {args.k}.")
     if args.threshold is not None and math.isnan(args.threshold):
         raise ValueError("--threshold must be a number, got nan.")
+    if args.candidates is not None and (args.candidates < 1 or not args.rerank):
+        raise ValueError(f"--candidates is a number of at least 1 and goes with --rerank, got {args.candidates}.")
     if args.index is not None and args.rerank:
         raise ValueError("--rerank compares everything with everything: leave --index out.")
     check_output(args.output, args.overwrite, args.query, args.gallery, args.index, args.model)
@@ -164,6 +166,7 @@ def run_search(args: argparse.Namespace) -> None:
         args.backbone_pretrained |= not args.model and gallery.backbone_pretrained
         if not args.model and os.path.isabs(gallery.model) and not os.path.isdir(gallery.model):
             raise FileNotFoundError(f"the gallery's model was {gallery.model}, which is not there: pass --model.")
+        check_output(args.output, args.overwrite, args.model or gallery.model)
         job = prepare(args.query, args.model or gallery.model, args)
         finished, everything = Finished(None, {}, False), range(len(job.keys))
         check_comparable(args.gallery, gallery, args.query, job.source, job.fingerprint)
@@ -172,15 +175,22 @@ def run_search(args: argparse.Namespace) -> None:
     else:
         query = read_embeddings(args.query)
         check_comparable(args.gallery, gallery, args.query, query.model, query.fingerprint)
-    same = args.query.is_file() and (
-        args.query.samefile(args.gallery)
-        or (query.names == gallery.names and torch.equal(query.embeddings, gallery.embeddings))
-    )
-    found = ranked(query, gallery, args.k, args.rerank, same, index, args.candidates)
+    found = ranked(query, gallery, args.k, args.rerank, own_places(query, gallery), index, args.candidates)
     if args.threshold is not None:
         found = identified(found, args.threshold)
     labelled = bool(query.pids and gallery.pids)
     put(args.output, args.overwrite, lambda file: show(found, args.format, file, labelled))
+
+
+def own_places(query: Embeddings, gallery: Embeddings) -> Tensor:
+    """Where in a gallery each query itself is ``[Q]``, -1 = nowhere: a tracklet of its name and of the same files.
+
+    Where files are not known, a gallery that is all the same, or a copy of it, is known by its names and embeddings."""
+    if query.names == gallery.names and torch.equal(query.embeddings, gallery.embeddings):
+        return torch.arange(len(query.names), device="cpu")
+    place = {(name, files): j for j, (name, files) in enumerate(zip(gallery.names, gallery.frames or [], strict=False))}
+    keys = zip(query.names, query.frames or [""] * len(query.names), strict=True)
+    return torch.tensor([place.get(key, -1) if key[1] else -1 for key in keys], dtype=torch.long, device="cpu")
 
 
 def ranked(
@@ -188,20 +198,22 @@ def ranked(
     gallery: Embeddings,
     k: int,
     use_rerank: bool,
-    same: bool,
+    own: Tensor,
     index: Any = None,
     candidates: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """For each query its k nearest; where both are the same file, no tracklet is its own match.
+    """For each query its k nearest; no tracklet is its own match.
 
     Args:
+        own: ``[Q]``, each query's own place in the gallery, -1 = it is not there.
         index: a FAISS index of the gallery to search in.
         candidates: re-rank so many of the nearest, and nothing else.
     """
-    rows, columns = nearest(query, gallery, k, use_rerank, same, index, candidates)
+    rows, columns = nearest(query, gallery, k, use_rerank, own, index, candidates)
+    itself = own.tolist()
     for i, (values, places) in enumerate(zip(rows, columns, strict=True)):
         pairs = [(float(d), j) for d, j in zip(values.tolist(), places.tolist(), strict=True) if j >= 0]
-        pairs = [(d, j) for d, j in pairs if not (same and i == j)][:k]
+        pairs = [(d, j) for d, j in pairs if j != itself[i]][:k]
         matches = [{"rank": n, "name": gallery.names[j], "distance": d} for n, (d, j) in enumerate(pairs, 1)]
         result: dict[str, Any] = {"query": query.names[i], "matches": matches}
         if query.pids and gallery.pids:
@@ -212,14 +224,14 @@ def ranked(
 
 
 def nearest(
-    query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, same: bool, index: Any, candidates: int | None
+    query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, own: Tensor, index: Any, candidates: int | None
 ) -> tuple[Tensor, Tensor]:
     """The distances to the nearest and their places, -1 = none; each query's own place may be among k + 1."""
     queries, others = query.embeddings, gallery.embeddings
+    same = bool((own >= 0).any())
     if index is not None:
         return retrieval.search_index(index, queries, k + same)
     if not use_rerank:
-        own = torch.arange(len(queries)) if same else None
         return retrieval.search(queries, others, k, gallery.distance, exclude=own)
     if gallery.distance == "cosine":
         queries, others = F.normalize(queries), F.normalize(others)

@@ -1,4 +1,6 @@
-"""Files that other programs, editors and killed processes leave behind: written whole or not at all, read with care."""
+"""For scripts beside the package: the mechanism by which every file here is written whole or not at all, and read with
+care (``recipes/`` and ``hub/`` use it; inside the package it is ``_files``)."""
 
-from ._files import *  # noqa: F403
-from ._files import __all__ as __all__
+from ._files import Busy, locked, read_json, read_text, replace_file, sweep
+
+__all__ = ["Busy", "locked", "read_json", "read_text", "replace_file", "sweep"]

@@ -182,5 +182,5 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
 
 def is_compiling() -> bool:
     """Whether the code is being compiled or exported, where nothing may depend on the data."""
-    ask = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # not in torch 2.0
-    return ask() if ask is not None else torch._dynamo.is_compiling()
+    ask = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # not in torch 2.0 and 2.1
+    return ask() if ask is not None else torch._utils.is_compiling()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hub_server import HubServer
+from versions import BEGIN
 
 LOOP = """
 import json, sys
@@ -42,7 +43,7 @@ class Client:
             "HOME": str(home),
         }
         env = {**keep, **hub, **environment}
-        command = [sys.executable, "-c", LOOP]
+        command = [sys.executable, "-c", BEGIN + LOOP]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(self, code: str, **values):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from versions import BEGIN
 
 import temporal_agg
 from temporal_agg import _embed, cli, retrieval
@@ -109,7 +110,9 @@ cli.main(sys.argv[1:])
 def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys):
     command = ["embed", str(folder), "-o", str(tmp_path / "out.npz"), "--model", str(models / "first")]
     command += ["--frames-per-batch", "4"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", BEGIN + KILLED, *command], capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -9, killed.stderr
     part = tmp_path / "out.npz.part"
     lines = part.read_bytes().splitlines(keepends=True)
@@ -313,6 +316,7 @@ def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, ca
     files = [tmp_path / "q.npz", tmp_path / "g.npz", image, weights, other]
     before = [file.read_bytes() for file in files]
     model = ["--model", str(models / "first")]
+    of_model = plain("of_model.npz", [[1.0, 0.0]], model=str(models / "first"))
     for overwrite in ([], ["--overwrite"]):
         for command in (
             ["search", q, g, "-o", q],
@@ -320,6 +324,7 @@ def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, ca
             ["search", q, g, "-o", str(link)],
             ["search", str(folder), g, *model, "-o", str(image)],
             ["search", str(folder), g, *model, "-o", str(weights)],
+            ["search", str(folder), of_model, "-o", str(weights)],
             ["link", g, "-o", g],
             ["link", g, "-o", str(image), "--sheet", str(tmp_path / "a.html"), "--folder", str(folder)],
             ["link", g, "-o", str(new), "--sheet", g, "--folder", str(folder)],
@@ -397,6 +402,30 @@ def test_a_copy_of_the_gallery_does_not_match_itself(plain, tmp_path, capsys):
         assert cli.main(["search", query, g, "--format", "json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert [[m["name"] for m in result["matches"]] for result in found] == [["2", "1"], ["2", "0"], ["0", "1"]]
+
+
+def test_a_query_that_is_in_the_gallery_does_not_match_itself(embed, folder, tmp_path, capsys):
+    """Also where the gallery has more, by another order, or its folder is given in place of its file."""
+    embed()
+    gallery = cli.read_embeddings(tmp_path / "out.npz")
+    rows = [4, 0, 2]
+    chosen = {key: [value[i] for i in rows] for key, value in gallery._asdict().items() if type(value) is list}
+    part = gallery._replace(embeddings=gallery.embeddings[rows] * 1.0001, **chosen)
+    cli.write_embeddings(tmp_path / "part.npz", part)
+    (tmp_path / "link").symlink_to(folder)
+    for query in ("part.npz", "link"):
+        for more in ([], ["--rerank"]):
+            capsys.readouterr()
+            command = ["search", str(tmp_path / query), str(tmp_path / "out.npz"), "-k", "9", "--format", "json", *more]
+            assert cli.main(command) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert len(found) == (3 if query == "part.npz" else 5)
+            for result in found:
+                others = {name for name in gallery.names if name != result["query"]}
+                assert {m["name"] for m in result["matches"]} == others, (query, more)
+    for more in (["--rerank", "--candidates", "0"], ["--candidates", "5"]):
+        assert cli.main(["search", str(tmp_path / "part.npz"), str(tmp_path / "out.npz"), *more]) == 1
+        assert "--candidates is a number of at least 1 and goes with --rerank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("style", ["table", "csv", "json"])

@@ -312,7 +312,8 @@ def test_a_second_run_says_that_the_first_is_at_work(mine, theirs, folder, tmp_p
 @pytest.mark.slow
 def test_torchrun(folder, out, tmp_path):
     create_model("mean_resnet10t", img_size=(32, 16)).save_pretrained(tmp_path / "model")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "temporal_agg.cli"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [sys.executable, *launch, "-m", "temporal_agg.cli"]
     words += ["embed", str(folder), "-o", str(out / "a.npz"), "--model", str(tmp_path / "model"), "--device", "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from versions import BEGIN
 
 from temporal_agg import inference
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
@@ -411,7 +412,7 @@ for workers in (None, 0, 3):
     temporal_agg.embed_tracklets(model, tracklets, progress=False, num_workers=workers)
 print(multiprocessing.get_start_method(allow_none=True))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
 
 

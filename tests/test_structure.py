@@ -15,6 +15,7 @@ ROOT = Path(temporal_agg.__file__).parent
 # aggregators -> models; data and retrieval need none of them.
 MAY_IMPORT = {
     "_files": set(),
+    "files": {"_files"},
     "_version": set(),
     "masked": set(),
     "losses": {"masked"},

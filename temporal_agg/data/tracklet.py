@@ -370,11 +370,11 @@ def query_index(query: Sequence[Tracklet], gallery: Sequence[Tracklet]) -> list[
     place = {tracklet_key(t): i for i, t in enumerate(gallery)}
     candidates: dict[tuple[int, int], list[int]] = {}
     for i, t in enumerate(gallery):
-        candidates.setdefault((t.pid, len(t)), []).append(i)
+        candidates.setdefault((t.pid, _length(t)), []).append(i)
 
     def find(t: Tracklet) -> int:
         own = place.get(tracklet_key(t), -1)
-        others = candidates.get((t.pid, len(t)), ()) if own < 0 else ()
+        others = candidates.get((t.pid, _length(t)), ()) if own < 0 else ()
         return next((i for i in others if same(t, gallery[i])), own)
 
     return [find(t) for t in query]
@@ -390,6 +390,11 @@ def distinct(tracklets: Iterable[Tracklet]) -> list[Tracklet]:
             kept[tracklet_key(t)] = t
             group.append(t)
     return list(kept.values())
+
+
+def _length(tracklet: Tracklet) -> int:
+    """0 for what has an identity and a camera, and no frames."""
+    return len(frames) if (frames := getattr(tracklet, "frames", None)) is not None else 0
 
 
 class _Same:

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+import torchvision
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+
+torchvision.disable_beta_transforms_warning()  # torchvision 0.15 says about the next line that it may change
+from torchvision.transforms import v2  # noqa: E402
+from torchvision.transforms.v2 import functional as F  # noqa: E402
 
 __all__ = ["ClipTransform"]
 
@@ -59,16 +62,18 @@ class ClipTransform:
         erasing_per_frame: bool = False,
         erasing_fill: str = "zero",
     ):
-        if len(size) != 2 or min(size) < 1 or any(side != int(side) for side in size):
-            raise ValueError(f"size must be (height, width) in pixels, got {size}.")
-        if not random_crop >= 1 or pad < 0:
-            raise ValueError(f"random_crop must be at least 1 and pad at least 0, got {random_crop} and {pad}.")
-        if not (0 <= flip <= 1 and 0 <= erasing <= 1):
-            raise ValueError(f"flip and erasing are probabilities, got {flip} and {erasing}.")
+        if not _are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
+            raise ValueError(f"size must be (height, width) in pixels, got {size!r}.")
+        if not _are_numbers((random_crop, pad), 2) or random_crop < 1 or pad < 0 or pad != int(pad):
+            raise ValueError(
+                f"random_crop must be at least 1 and pad a whole number of at least 0, got {random_crop!r} and {pad!r}."
+            )
+        if not _are_numbers((flip, erasing), 2) or not (0 <= flip <= 1 and 0 <= erasing <= 1):
+            raise ValueError(f"flip and erasing are probabilities, got {flip!r} and {erasing!r}.")
         if erasing_fill not in FILLS:
             raise ValueError(f"erasing_fill must be one of {', '.join(FILLS)}, got {erasing_fill!r}.")
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-            raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean} and {std}.")
+        if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
+            raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean!r} and {std!r}.")
         kinds = [mode.value for mode in v2.InterpolationMode]
         if interpolation not in kinds:
             raise ValueError(f"interpolation must be one of {', '.join(kinds)}, got {interpolation!r}.")
@@ -79,7 +84,7 @@ class ClipTransform:
         self.std = 255 * torch.tensor(std, dtype=torch.float32, device=CPU).view(3, 1, 1)
         self.resized = [round(side * random_crop) for side in self.size] if train else list(self.size)
         self.flip = flip
-        self.pad = pad
+        self.pad = int(pad)
         self.crops = pad > 0 or random_crop > 1
         self.erasing = erasing
         self.erasing_per_frame = erasing_per_frame
@@ -199,6 +204,15 @@ class ClipTransform:
             colours = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8, device=CPU)
             fill = self.normalize(colours)
         clip[..., top : top + height, left : left + width] = fill
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a sequence of so many finite numbers; true and false are none."""
+    try:
+        numbers = [float(value) for value in values if not isinstance(value, (bool, str))]
+    except (TypeError, ValueError):
+        return False
+    return len(numbers) == len(values) == count and all(map(math.isfinite, numbers))
 
 
 Rectangle = tuple[int, int, int, int]  # top, left, height, width

@@ -173,7 +173,7 @@ def _load(
         problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape or kind": others}
         lists = "; ".join(_shortened(kind, names) for kind, names in problems.items() if names)
         raise ValueError(f"{path} does not fit the model: {lists}. Build the model with the options it was saved with.")
-    if not fits:
+    if not fits or (others and not any(value.is_floating_point() for value in fits.values())):  # but for counters
         found = _shortened("tensors", list(weights)) if weights else "no tensors"
         found += f" ({_shortened('top-level keys', checkpoint.keys)})" if checkpoint.keys else ""
         unlike = f"; of another shape or kind are {', '.join(others[:3])}" if others else ""
@@ -507,7 +507,8 @@ def _matched(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: 
 
 
 def _fit(value: Tensor, wanted: Tensor) -> bool:
-    return value.shape == wanted.shape and _kind(value) == _kind(wanted)
+    plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+    return plain and value.shape == wanted.shape and _kind(value) == _kind(wanted)
 
 
 def _kind(value: Tensor) -> str:
@@ -517,7 +518,8 @@ def _kind(value: Tensor) -> str:
 
 
 def _what(value: Tensor) -> str:
-    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    kind = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
+    return f"{list(value.shape)} {kind}{str(value.dtype).removeprefix('torch.')}"
 
 
 def _finite(value: Tensor, wanted: Tensor) -> bool:

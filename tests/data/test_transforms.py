@@ -259,6 +259,18 @@ def test_errors():
         ClipTransform((32, 16), random_crop=0.9)
     with pytest.raises(ValueError, match="probabilities"):
         ClipTransform((32, 16), flip=2)
+    for size in (256, "256x128", None, (True, True), (64.5, 32), (float("inf"), 32)):
+        with pytest.raises(ValueError, match="height, width"):
+            ClipTransform(size)
+    for name, value in (("pad", 1.5), ("pad", float("nan")), ("pad", True), ("random_crop", float("inf"))):
+        with pytest.raises(ValueError, match="pad a whole number"):
+            ClipTransform((32, 16), **{name: value})
+    for name, value in (("flip", "0.5"), ("flip", float("nan")), ("erasing", True)):
+        with pytest.raises(ValueError, match="probabilities"):
+            ClipTransform((32, 16), **{name: value})
+    for mean, std in ((0, 1), ((0, 0, 0), 0), ("abc", (1, 1, 1)), (None, None)):
+        with pytest.raises(ValueError, match="mean and std must be three numbers each"):
+            ClipTransform((32, 16), mean, std)
     for mean, std in (((0, 0), (1, 1, 1)), ((0, 0, 0), (1, 0, 1)), ((0, 0, float("nan")), (1, 1, 1))):
         with pytest.raises(ValueError, match="mean and std must be three numbers each"):
             ClipTransform((32, 16), mean, std)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from versions import needs_torch
 
 from temporal_agg.models import convert_gltr, convert_grl, create_model, read_checkpoint
 
@@ -162,6 +163,7 @@ def as_trained(net):
     return net.eval()
 
 
+@needs_torch("2.4", "NumPy's numbers in checkpoints")
 @torch.no_grad()
 def test_grl_gives_the_authors_embedding(tmp_path):
     torch.manual_seed(0)

@@ -4,7 +4,9 @@ import pytest
 import timm
 import torch
 from timm.layers import BlurPool2d
+from timm.models.nest import Nest
 from torch import nn
+from versions import OLD_TIMM, skip_without
 
 from temporal_agg.models import FrameEncoder
 
@@ -30,6 +32,8 @@ def test_cnn_maps_are_timms():
 
 
 def test_nhwc_maps_are_turned():
+    if OLD_TIMM:
+        pytest.skip("timm 1.0.8 has no test_mambaout")
     encoder = FrameEncoder("test_mambaout", img_size=SMALL).eval()
     x = frames(encoder)
     maps = encoder(x)
@@ -77,6 +81,7 @@ def test_small_frames(name):
 
 
 def test_models_of_one_size_keep_it_and_say_so():
+    skip_without(Nest, "forward_intermediates")
     encoder = FrameEncoder("nest_tiny")
     assert encoder.data_config["input_size"] == (3, 224, 224)
     assert encoder.config["img_size"] == [224, 224]
@@ -107,7 +112,7 @@ def test_impossible_sizes_are_errors():
     ],
 )
 def test_memory_format_is_that_of_convolutions_or_of_transformers(name, expected):
-    with torch.device("meta"):
+    with torch.device("cpu" if OLD_TIMM else "meta"):  # timm 1.0.8 reads numbers off tensors
         assert FrameEncoder(name).memory_format is expected
 
 
@@ -189,6 +194,8 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same():
     x = frames(plain)
     (many, want), (few, got) = saved_bytes(plain, x), saved_bytes(checkpointed, x)
     torch.testing.assert_close(got, want)
+    if OLD_TIMM and few == many:
+        pytest.skip("timm 1.0.8 keeps everything in ViT's forward_intermediates, as if nothing had been asked for")
     assert few < many / 2
 
 

@@ -266,10 +266,11 @@ def test_every_aggregator_takes_the_channels_of_large_backbones():
             assert create_aggregator(name, 2048).in_features == 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", sorted(name.removeprefix("mean_") for name in list_models("mean_*")))
 def test_every_prefix_works_on_every_listed_backbone(backbone):
     """One encoder for all of them, at maps of its own shape; what create_model adds to that is tested above."""
-    encoder = FrameEncoder(backbone).eval()
+    encoder = create_encoder(backbone).eval()
     with torch.no_grad():
         maps = encoder(torch.randn(2, 3, *encoder.data_config["input_size"][1:]))
         for prefix in list_aggregators():

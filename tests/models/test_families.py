@@ -43,6 +43,7 @@ def free():
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LISTED["families"])
 def test_family_gives_maps_and_trains(family):
     name, count = LISTED["families"][family].values()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from versions import needs_exporter
 
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
 from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model
@@ -101,6 +102,7 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     assert not other.training
 
 
+@needs_exporter
 def test_mean_compiles_and_exports():
     model = build("mean").eval()
     x, mask = clips(model), torch.tensor([[True, True, False, True], [True, False, False, False]])

@@ -122,6 +122,18 @@ def test_the_key_of_embeddings_changes_with_options_that_have_no_weights(recipe)
     assert len(set(keys)) == len(keys)
 
 
+def test_the_key_of_embeddings_changes_with_the_sides_and_takes_any_name(recipe, tmp_path):
+    """A tracklet that moves from the gallery to the queries leaves the list of both as it was."""
+    fingerprint = recipe("evaluate").fingerprint
+    model = temporal_agg.create_model("mean_resnet10t", img_size=(32, 16))
+    a, b, c = data.open_dataset("synthetic", num_identities=4, num_cameras=2, length=[3, 5]).query[:3]
+    assert fingerprint(model, [a, b], [c]) != fingerprint(model, [a], [b, c])
+    path = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    path.touch()
+    tracklet = data.Tracklet([path], 0)
+    assert fingerprint(model, [tracklet], []) == fingerprint(model, [tracklet], [])
+
+
 def test_tensors_on_disk_are_checked(recipe, tmp_path):
     common, file = recipe("common"), tmp_path / "x.safetensors"
     common.write_tensors(file, {"a": torch.arange(64.0)})

@@ -390,7 +390,7 @@ def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normal
     # SGD, since Adam divides by what may be rounding alone.
     options += ["--optimizer", "sgd", "--lr", "0.05", "--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc_per_node", "2"]}
+    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
     for name, more in launch.items():
         command = [sys.executable, *more, str(SCRIPT), *MINIATURE, *options, "--name", name]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -405,7 +405,7 @@ def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normal
 def test_two_processes_evaluate_the_model_that_is_saved(tmp_path):
     """BatchNorm's statistics are each process's own until they are broadcast."""
     options = ["--model", "mean_resnet10t", "--epochs", "4", "--lr", "0.01", "--out", str(tmp_path), "--name", "two"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *MINIATURE, *options], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

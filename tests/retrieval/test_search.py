@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_table():
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     search(queries, gallery, 10)
-    assert high_water() - before < 60
+    assert high_water() - before < 100
 
 
 def test_errors_say_what_came():
