@@ -83,9 +83,8 @@ def aggregator_sections(app: Sphinx, page: str, content: list[str]) -> None:
         paper = getattr(module, "PAPER", None)
         title = paper.name if paper else found.name.capitalize()
         objects = "".join(
-            f".. autoclass:: {'temporal_agg' if name in temporal_agg.__all__ else module.__name__}.{name}\n"
-            if isinstance(getattr(module, name), type)
-            else f".. autofunction:: {module.__name__}.{name}\n"
+            f".. auto{'class' if isinstance(getattr(module, name), type) else 'function'}:: "
+            f"{'temporal_agg' if name in temporal_agg.__all__ else module.__name__}.{name}\n"
             for name in getattr(module, "__all__", [])
         )
         sections.append(
