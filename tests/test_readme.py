@@ -41,7 +41,7 @@ def test_names_in_the_table_exist():
 def test_every_file_and_page_named_exists(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = {path for path in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in path}
-    files = set(re.findall(r"(?:recipes|tests|temporal_agg|hub|examples|docs)/(?:[\w./]*\w)?", text))
+    files = set(re.findall(r"(?<!\w)(?:recipes|tests|temporal_agg|hub|examples|docs)/(?:[\w./]*\w)?", text))
     assert links | files
     assert [path for path in sorted(links | files) if not (ROOT / path).exists()] == []
 
