@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,23 @@ def one_line(script: str, *kinds: type[Exception]) -> Iterator[None]:
         ) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _Loader)
+
+
 def key_values(items: Sequence[str]) -> dict:
     """KEY=VALUE ... -> dict, the values read as YAML.
 
@@ -91,7 +109,7 @@ def key_values(items: Sequence[str]) -> dict:
     if any("=" not in item for item in items):
         raise ValueError(f"takes KEY=VALUE, got {' '.join(items)}")
     try:
-        return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+        return {key: read_yaml(value) for key, value in (item.split("=", 1) for item in items)}
     except yaml.YAMLError as error:
         raise ValueError(f"takes KEY=VALUE, the values in YAML: {one_line_of(error)}") from error
 
@@ -390,12 +408,15 @@ def is_number(value: object) -> bool:
 
 
 def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
-    """A saved model or one by name, cut into clips as it wants but for ``clip``.
+    """A saved model, or released weights by name, cut into clips as it wants but for ``clip``.
 
     Raises:
+        FileNotFoundError: weights that are planned, not released.
         ValueError: no such field of a clip, and as ``create_model``.
     """
-    model = temporal_agg.create_model(f"local-dir:{name}" if os.path.isdir(name) else name)
+    name = f"local-dir:{name}" if os.path.isdir(name) else name
+    saved = name.startswith(("local-dir:", "hf-hub:"))  # others would come without weights, and give figures anyway
+    model = temporal_agg.create_model(name) if saved else temporal_agg.create_model(name, pretrained=True)
     if clip:
         known = [field.name for field in fields(model.clip)]
         unknown = sorted(set(clip) - set(known))

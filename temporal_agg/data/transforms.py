@@ -63,8 +63,7 @@ class ClipTransform:
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}.")
         if not _are_numbers((random_crop, pad), 2) or random_crop < 1 or pad < 0 or pad != int(pad):
             raise ValueError(
-                "random_crop must be at least 1 and pad a whole number of at least 0, got "
-                f"{random_crop!r} and {pad!r}."
+                f"random_crop must be at least 1 and pad a whole number of at least 0, got {random_crop!r} and {pad!r}."
             )
         if not _are_numbers((flip, erasing), 2) or not (0 <= flip <= 1 and 0 <= erasing <= 1):
             raise ValueError(f"flip and erasing are probabilities, got {flip!r} and {erasing!r}.")
