@@ -343,7 +343,15 @@ def held(directory: Path, accelerator: accelerate.Accelerator) -> Iterator[None]
         yield
 
 
-SETTINGS = {"data": str, "root": str, "data_options": dict, "split": str, "identity_splits": int}
+SETTINGS = {
+    "data": str,
+    "root": str,
+    "data_options": dict,
+    "split": str,
+    "identity_splits": int,
+    "split_seed": int,
+    "flow_root": str,
+}
 
 
 def read_run(run: str | os.PathLike) -> tuple[dict, dict]:
@@ -358,11 +366,22 @@ def read_run(run: str | os.PathLike) -> tuple[dict, dict]:
     for key in ("settings", "environment"):
         if not isinstance(content.get(key), dict):
             raise ValueError(f"{file}: {key!r} is missing or no object: it is no settings.json of train.py.")
-    settings = content["settings"]
-    for key, kind in SETTINGS.items():
-        if not isinstance(settings.get(key), kind):
-            raise ValueError(f"{file}: the setting {key!r} is missing or no {kind.__name__}: restore the file.")
+    settings = {"split_seed": 0, "flow_root": "", **content["settings"]}
+    check_kinds(file, "setting", settings, SETTINGS)
+    try:
+        check_split(settings["split"])
+        if min(settings["identity_splits"], settings["split_seed"]) < 0:
+            raise ValueError("identity_splits and split_seed must be at least 0")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: restore the file.") from error
     return settings, content["environment"]
+
+
+def check_kinds(file: Path, what: str, values: dict, kinds: dict[str, type]) -> None:
+    """Raises a ValueError unless a file has values of these kinds."""
+    for key, kind in kinds.items():
+        if type(values.get(key)) is not kind:
+            raise ValueError(f"{file}: the {what} {key!r} is missing or no {kind.__name__}: restore the file.")
 
 
 def own_data(run: str | os.PathLike) -> dict:
@@ -380,7 +399,7 @@ def own_data(run: str | os.PathLike) -> dict:
         "options": settings["data_options"],
         "split": settings["split"],
         "identity_splits": settings["identity_splits"],
-        "seed": settings.get("split_seed", 0),
+        "seed": settings["split_seed"],
     }
 
 
@@ -395,6 +414,7 @@ def read_metrics(file: Path) -> dict:
     bad += [key for key in ("seconds", "train_seconds", "queries", "gallery") if not is_number(metrics.get(key))]
     bad += [key for key, kind in (("cmc", list), ("untrained", dict)) if not isinstance(metrics.get(key), kind)]
     bad += [] if bad or all(map(is_number, metrics["cmc"])) else ["cmc"]
+    bad += [] if bad else [f"untrained {key}" for key in METRICS if not is_number(metrics["untrained"].get(key, 0))]
     if bad:
         raise ValueError(
             f"{file}: {', '.join(bad)} is missing or not between 0 and 1. Restore the file, or delete it: "

@@ -97,7 +97,7 @@ def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str | None]:
     """What to evaluate on, and where its flow is. A benchmark on which the run was trained is split as it was there."""
     if not args.data:
         own = own_data(name)
-        return own, args.flow_root or common.read_run(name)[0].get("flow_root")
+        return own, args.flow_root or common.read_run(name)[0]["flow_root"]
     split = args.split or "0"  # a model that is not of this data set's run may know the people of the other splits
     source = {"spec": args.data, "options": args.data_options, "split": split, "identity_splits": 0, "seed": 0}
     benchmark = args.data.partition(":")[0]
