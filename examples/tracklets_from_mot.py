@@ -20,13 +20,15 @@ where it was stopped, and finished tracklets are not written again.
 import argparse
 import configparser
 import hashlib
+import io
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -179,7 +181,7 @@ def write_tracklets(splits: dict[str, list[Cut]], out: Path, margin: float, skip
                 errors.append(str(image))
             for box, temporary, final in frames[number]:
                 if not bad:
-                    crop(image, box, margin).save(temporary / f"{number:06d}.jpg", quality=95)
+                    write_jpeg(temporary / f"{number:06d}.jpg", crop(image, box, margin), 95)
                 left[final] -= not bad or skip_unreadable
                 if not left[final] and any(temporary.iterdir()):
                     os.replace(temporary, final)
@@ -192,6 +194,13 @@ def write_tracklets(splits: dict[str, list[Cut]], out: Path, margin: float, skip
             raise OSError(f"{len(errors)} frames cannot be read; --skip-unreadable leaves them out:{listed}")
         print(f"{len(errors)} frames cannot be read and are left out:{listed}", file=sys.stderr)
     return written
+
+
+def write_jpeg(path: Path, image: Image.Image, quality: int) -> None:
+    """Writes all of it or raises; Pillow alone takes no notice when a full disk takes only a part."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality)
+    path.write_bytes(content.getvalue())
 
 
 def contact_sheet(splits: dict[str, list[Cut]], out: Path, rows: int, seed: int) -> Image.Image:
@@ -263,6 +272,13 @@ def box_filters(args: argparse.Namespace) -> dict:
 def make(sources: list, args: argparse.Namespace) -> None:
     if min(args.cameras, args.stride, args.min_length, args.sheet) < 1 or not 0 <= args.test < 1:
         raise ValueError("--cameras, --stride, --min-length and --sheet must be at least 1, --test from 0 to below 1.")
+    shares = args.visibility, args.occlusion
+    sizes = args.margin, args.min_height, args.max_gap, args.confidence
+    if not (all(0 <= x <= 1 for x in shares) and all(0 <= x < math.inf for x in sizes)):
+        raise ValueError(
+            "--visibility and --occlusion are shares, from 0 to 1, and --margin, --min-height, --max-gap and "
+            f"--confidence numbers of at least 0; got {', '.join(f'{x:g}' for x in (*shares, *sizes))}."
+        )
     cuts = cut_tracklets(sources, args)
     splits = split_people(cuts, args.test, args.seed)
     boxes = hashlib.sha256(repr([(cut.folder, cut.boxes) for cut in cuts]).encode()).hexdigest()[:16]
@@ -273,7 +289,7 @@ def make(sources: list, args: argparse.Namespace) -> None:
         check_settings(out, {**settings, "content of the boxes": boxes})
         written = write_tracklets(splits, out, args.margin, args.skip_unreadable)
         sheet = contact_sheet(splits, out, args.sheet, args.seed)
-        replace_file(out / "contact_sheet.jpg", lambda temporary: sheet.save(temporary, quality=90))
+        replace_file(out / "contact_sheet.jpg", lambda temporary: write_jpeg(temporary, sheet, 90))
     for split, cuts in sorted(splits.items()):
         people, frames = len({cut.pid for cut in cuts}), sum(len(cut.boxes) for cut in cuts)
         print(f"{split}: {len(cuts)} tracklets of {people} people, {frames} frames")
@@ -292,6 +308,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.boxes and len(args.sequences) > 1:
             raise ValueError("--boxes goes with a single sequence.")
+        twice = [s for s, count in Counter(s.expanduser().resolve() for s in args.sequences).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice: each of its people would become two.")
         make([Sequence(s.expanduser(), args.boxes, args) for s in args.sequences], args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error

@@ -59,6 +59,9 @@ def read_run(run: Path) -> tuple[dict, dict, dict]:
         ValueError: it is not finished, or its metrics are not whole.
     """
     settings, environment = common.read_run(run)
+    file = run / "settings.json"
+    common.check_kinds(file, "setting", settings, {"out": str})
+    common.check_kinds(file, "environment's", environment, {"command": str, "processes": int, "temporal_agg": str})
     config = hub.read_config(run / "config.json")
     return {"settings": settings, "environment": environment}, read_metrics(run / "metrics.json"), config
 
@@ -118,7 +121,7 @@ def card(
         width=width,
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         version=settings["environment"]["temporal_agg"],
-        git=settings["environment"]["git"] or "(not recorded)",
+        git=settings["environment"].get("git") or "(not recorded)",
         results="\n".join(rows),
         flow=FLOW if model.encoder.uses_flow else "",
         worth=DEMONSTRATION if data == "synthetic" else "",
@@ -182,7 +185,12 @@ def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: s
     """Checks a run, writes its release, and returns its entry for the manifest."""
     settings, metrics, config = read_run(run)
     data = settings["settings"]["data"].partition(":")[0]
-    name = name or f"{config['architecture'].partition('.')[0]}.{data}"
+    model_name = config["architecture"].partition(".")[0]
+    name = name or f"{model_name}.{data}"
+    if not re.fullmatch(rf"{re.escape(model_name)}\.[A-Za-z0-9_-]+", name):  # what create_model makes of a name
+        raise ValueError(f"--name must be {model_name}.<tag>, a tag of letters, digits, _ and -, got {name!r}.")
+    if repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
+        raise ValueError(f"--repo must be owner/name on the Hub, got {repo!r}.")
     plan = manifest.read().get(name)
     licence = licence or (plan.licence if plan else None) or ("apache-2.0" if data == "synthetic" else None)
     if licence is None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,23 @@ def one_line(script: str, *kinds: type[Exception]) -> Iterator[None]:
         ) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _Loader)
+
+
 def key_values(items: Sequence[str]) -> dict:
     """KEY=VALUE ... -> dict, the values read as YAML.
 
@@ -91,7 +109,7 @@ def key_values(items: Sequence[str]) -> dict:
     if any("=" not in item for item in items):
         raise ValueError(f"takes KEY=VALUE, got {' '.join(items)}")
     try:
-        return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+        return {key: read_yaml(value) for key, value in (item.split("=", 1) for item in items)}
     except yaml.YAMLError as error:
         raise ValueError(f"takes KEY=VALUE, the values in YAML: {one_line_of(error)}") from error
 
@@ -325,7 +343,15 @@ def held(directory: Path, accelerator: accelerate.Accelerator) -> Iterator[None]
         yield
 
 
-SETTINGS = {"data": str, "root": str, "data_options": dict, "split": str, "identity_splits": int}
+SETTINGS = {
+    "data": str,
+    "root": str,
+    "data_options": dict,
+    "split": str,
+    "identity_splits": int,
+    "split_seed": int,
+    "flow_root": str,
+}
 
 
 def read_run(run: str | os.PathLike) -> tuple[dict, dict]:
@@ -340,11 +366,22 @@ def read_run(run: str | os.PathLike) -> tuple[dict, dict]:
     for key in ("settings", "environment"):
         if not isinstance(content.get(key), dict):
             raise ValueError(f"{file}: {key!r} is missing or no object: it is no settings.json of train.py.")
-    settings = content["settings"]
-    for key, kind in SETTINGS.items():
-        if not isinstance(settings.get(key), kind):
-            raise ValueError(f"{file}: the setting {key!r} is missing or no {kind.__name__}: restore the file.")
+    settings = {"split_seed": 0, "flow_root": "", **content["settings"]}
+    check_kinds(file, "setting", settings, SETTINGS)
+    try:
+        check_split(settings["split"])
+        if min(settings["identity_splits"], settings["split_seed"]) < 0:
+            raise ValueError("identity_splits and split_seed must be at least 0")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: restore the file.") from error
     return settings, content["environment"]
+
+
+def check_kinds(file: Path, what: str, values: dict, kinds: dict[str, type]) -> None:
+    """Raises a ValueError unless a file has values of these kinds."""
+    for key, kind in kinds.items():
+        if type(values.get(key)) is not kind:
+            raise ValueError(f"{file}: the {what} {key!r} is missing or no {kind.__name__}: restore the file.")
 
 
 def own_data(run: str | os.PathLike) -> dict:
@@ -362,7 +399,7 @@ def own_data(run: str | os.PathLike) -> dict:
         "options": settings["data_options"],
         "split": settings["split"],
         "identity_splits": settings["identity_splits"],
-        "seed": settings.get("split_seed", 0),
+        "seed": settings["split_seed"],
     }
 
 
@@ -377,6 +414,7 @@ def read_metrics(file: Path) -> dict:
     bad += [key for key in ("seconds", "train_seconds", "queries", "gallery") if not is_number(metrics.get(key))]
     bad += [key for key, kind in (("cmc", list), ("untrained", dict)) if not isinstance(metrics.get(key), kind)]
     bad += [] if bad or all(map(is_number, metrics["cmc"])) else ["cmc"]
+    bad += [] if bad else [f"untrained {key}" for key in METRICS if not is_number(metrics["untrained"].get(key, 0))]
     if bad:
         raise ValueError(
             f"{file}: {', '.join(bad)} is missing or not between 0 and 1. Restore the file, or delete it: "
@@ -390,12 +428,15 @@ def is_number(value: object) -> bool:
 
 
 def load_model(name: str, clip: dict) -> temporal_agg.TrackletModel:
-    """A saved model or one by name, cut into clips as it wants but for ``clip``.
+    """A saved model, or released weights by name, cut into clips as it wants but for ``clip``.
 
     Raises:
+        FileNotFoundError: weights that are planned, not released.
         ValueError: no such field of a clip, and as ``create_model``.
     """
-    model = temporal_agg.create_model(f"local-dir:{name}" if os.path.isdir(name) else name)
+    name = f"local-dir:{name}" if os.path.isdir(name) else name
+    saved = name.startswith(("local-dir:", "hf-hub:"))  # others would come without weights, and give figures anyway
+    model = temporal_agg.create_model(name) if saved else temporal_agg.create_model(name, pretrained=True)
     if clip:
         known = [field.name for field in fields(model.clip)]
         unknown = sorted(set(clip) - set(known))

@@ -97,7 +97,7 @@ def source_of(name: str, args: argparse.Namespace) -> tuple[dict, str | None]:
     """What to evaluate on, and where its flow is. A benchmark on which the run was trained is split as it was there."""
     if not args.data:
         own = own_data(name)
-        return own, args.flow_root or common.read_run(name)[0].get("flow_root")
+        return own, args.flow_root or common.read_run(name)[0]["flow_root"]
     split = args.split or "0"  # a model that is not of this data set's run may know the people of the other splits
     source = {"spec": args.data, "options": args.data_options, "split": split, "identity_splits": 0, "seed": 0}
     benchmark = args.data.partition(":")[0]
@@ -162,7 +162,9 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
-    text = "run directories, hf-hub:owner/repository[@revision] or names of create_model; several: mean and deviation"
+    text = (
+        "run directories, hf-hub:owner/repository[@revision] or names of released weights; several: mean and deviation"
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=text)
     parser.add_argument("--data", help="name or name:<root>; default: the data of the run")
     parser.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE", help="of that data set")
@@ -191,6 +193,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         common.check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
+    if args.flow_root and not Path(args.flow_root).expanduser().is_dir():
+        parser.error(f"--flow-root: there is no folder {args.flow_root}")
     if args.k1 < 1 or args.k2 < 1 or not 0 <= args.lambda_value <= 1 or args.frames_per_batch < 1:
         parser.error("--k1, --k2 and --frames-per-batch must be at least 1, and --lambda-value between 0 and 1")
     if not args.data and (args.split or args.data_options):

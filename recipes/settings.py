@@ -64,7 +64,7 @@ class Settings:
         40, "passes over what the sampler counts: identities, tracklets or frames; 0: evaluate only", 0
     )
     optimizer: str = option("adamw", "adamw, adam or sgd")
-    momentum: float = option(0.9, "of sgd", 0, 1)
+    momentum: float = option(0.9, "of sgd", 0, 0.9999)
     nesterov: bool = option(True, "of sgd")
     lr: float = option(1e-3, "peak learning rate", 0)
     head_lr_factor: float = option(1.0, "times the learning rate for all that is new: aggregator and criterion", 0)
@@ -77,7 +77,7 @@ class Settings:
     step_milestones: list = option([], "of step: after these epochs", 1)
 
     # The run.
-    seed: int = option(0, "of initialisation, sampling and augmentation", 0)
+    seed: int = option(0, "of initialisation, sampling and augmentation", 0, 2**62)
     out: str = option("runs", "where run directories are made")
     name: str = option("", "of the run; default: made of data, model and seed; several models add theirs")
     eval_untrained: bool = option(True, "evaluate before training, too")
@@ -135,7 +135,7 @@ def read_config(file: Path, above: tuple[Path, ...] = ()) -> dict:
     if file.resolve() in above:
         raise ValueError(f"{file} is its own base, by way of {above[-1]}.")
     try:
-        content = yaml.safe_load(read_text(file))
+        content = common.read_yaml(read_text(file))
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} is no valid YAML: {common.one_line_of(error)}.") from error
     content = {} if content is None else content
@@ -254,6 +254,8 @@ def checked(values: dict) -> Settings:
         raise ValueError("backbone_pretrained and backbone_weights both name the backbone's weights: pass one of them")
     if settings.root and ":" in settings.data:
         raise ValueError(f"data says where the data set lies, {settings.data}, and root again: {settings.root}")
+    if settings.flow_root and not Path(settings.flow_root).expanduser().is_dir():
+        raise ValueError(f"flow_root: there is no folder {settings.flow_root}")
     names = names_of(settings)
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"model must be names by comma, each once, got {settings.model!r}")

@@ -151,8 +151,9 @@ _JSON = {dict: "object", list: "array", str: "string", int: "number", float: "nu
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The same error, saying which file could not be written."""
-    if error.filename is not None and str(path.name) in str(error.filename):
+    """The same error, saying which file could not be written, and not by its name until it is whole; one of another
+    file stays as it is."""
+    if error.filename is not None and f".{path.name}." not in os.fsdecode(error.filename):
         return error
     named = type(error)(f"{path} cannot be written: {error.strerror or error}")
     named.errno = error.errno

@@ -183,9 +183,8 @@ def run_search(args: argparse.Namespace) -> None:
 
 
 def own_places(query: Embeddings, gallery: Embeddings) -> Tensor:
-    """Where in a gallery each query itself is ``[Q]``, -1 = nowhere: a tracklet of its name and of the same files.
-
-    Where files are not known, a gallery that is all the same, or a copy of it, is known by its names and embeddings."""
+    """Where in a gallery each query itself is ``[Q]``, -1 = nowhere: a tracklet of its name and of the same files. A
+    gallery of which files are not known, or a copy of it, is known by its names and embeddings."""
     if query.names == gallery.names and torch.equal(query.embeddings, gallery.embeddings):
         return torch.arange(len(query.names), device="cpu")
     place = {(name, files): j for j, (name, files) in enumerate(zip(gallery.names, gallery.frames or [], strict=False))}

@@ -84,7 +84,8 @@ def embed_tracklets(
 
     Raises:
         TypeError: no :class:`TrackletModel`.
-        ValueError: no tracklet, a tracklet without a frame, ``frames_per_batch`` below 1, or an unknown precision.
+        ValueError: no tracklet, a tracklet without a frame, ``frames_per_batch`` below 1, ``num_workers`` below 0, or
+            an unknown precision.
         FlowError: a tracklet without optical flow, and an encoder that takes it.
 
     Example:
@@ -97,6 +98,8 @@ def embed_tracklets(
     """
     if not len(tracklets):
         raise ValueError("tracklets is empty: there is nothing to embed.")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, or None for as many as there are cores, got {num_workers}.")
     runner = FrameRunner(model, frames_per_batch=frames_per_batch, precision=precision)
     model = runner.model
     if runner.uses_flow:

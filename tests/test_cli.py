@@ -324,7 +324,6 @@ def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, ca
             ["search", q, g, "-o", str(link)],
             ["search", str(folder), g, *model, "-o", str(image)],
             ["search", str(folder), g, *model, "-o", str(weights)],
-            ["search", str(folder), of_model, "-o", str(weights)],
             ["link", g, "-o", g],
             ["link", g, "-o", str(image), "--sheet", str(tmp_path / "a.html"), "--folder", str(folder)],
             ["link", g, "-o", str(new), "--sheet", g, "--folder", str(folder)],
@@ -337,6 +336,8 @@ def test_no_command_overwrites_what_is_there(plain, folder, tmp_path, models, ca
             message = capsys.readouterr().err
             assert "is an input, or part of one" in message, (command, message)
             assert [file.read_bytes() for file in files] == before
+    assert cli.main(["search", str(folder), of_model, "-o", str(weights), "--overwrite"]) == 1  # the gallery's model
+    assert "is an input, or part of one" in capsys.readouterr().err
     for command in (
         ["search", q, g, "-o", str(other)],
         ["link", g, "-o", str(other)],

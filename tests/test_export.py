@@ -77,7 +77,12 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_aggregators())
+QUICK = ("mean", "gem")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in list_aggregators()]
+)
 def test_every_aggregator(name, tmp_path):
     aggregator, path = build(name, **small(name)), tmp_path / "a.onnx"
     free = aggregator.clip_length is None and not aggregator.is_recurrent

@@ -363,6 +363,8 @@ def test_errors_name_the_tracklet():
         embed(model, [*tracklets((5, 2)), empty])
     with pytest.raises(ValueError, match="frames_per_batch must be at least 1, got 0"):
         embed(model, tracklets((5,)), frames_per_batch=0)
+    with pytest.raises(ValueError, match="num_workers must be at least 0, or None"):
+        embed(model, tracklets((5,)), num_workers=-1)
     with pytest.raises(ValueError, match=r"precision must be one of float32, bfloat16, float16, got 'half'"):
         embed(model, tracklets((5,)), precision="half")
 

@@ -58,6 +58,7 @@ from of_models import aggregators_command
 from of_retrieval import retrieval_command, search_command
 
 from temporal_agg.aggregators import create_aggregator, list_aggregators
+from temporal_agg.files import read_text
 
 
 def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
@@ -232,7 +233,10 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def page_command(args: argparse.Namespace) -> int:
-    common.write_text(args.out, results_of_speed.page(results_of_speed.read(args.results)))
+    page = results_of_speed.page(results_of_speed.read(args.results))
+    if args.out.exists() and page.partition("\n")[0] != read_text(args.out).partition("\n")[0]:
+        raise ValueError(f"--out would be written over, and is no such page: {args.out}.")
+    common.write_text(args.out, page)
     return 0
 
 

@@ -55,6 +55,8 @@ class BaselineCriterion(Criterion):
         distance: str = "euclidean",
     ):
         super().__init__(num_classes)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be a share, from 0 to 1, got {label_smoothing!r}.")
         width = aggregator_of(model).num_features
         self.neck = nn.BatchNorm1d(width) if neck else nn.Identity()
         self.classifier = initial_classifier(width, num_classes)

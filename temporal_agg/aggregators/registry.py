@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -281,3 +282,5 @@ def _check_new(name: str, what: str, registered: Mapping[str, object]) -> None:
 def _check_options(what: str, options: list[str], given: Mapping[str, object]) -> None:
     if unknown := sorted(set(given) - set(options)):
         raise TypeError(f"{what} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}.")
+    if nan := [key for key, value in given.items() if isinstance(value, float) and math.isnan(value)]:
+        raise ValueError(f"{what}: {', '.join(nan)} must be a number, got nan.")

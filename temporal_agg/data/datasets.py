@@ -57,7 +57,21 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Trackl
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"data set {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}.")
+    for p in parameters:
+        if p.name in options and not _is_like(options[p.name], p.default):
+            raise TypeError(f"data set {name!r}: {p.name} must be like {p.default!r}, got {options[p.name]!r}.")
     return reader(root, **options) if takes_root else reader(**options)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether an option is of the kind that it has by default: yes or no, a whole number, text, or several of them."""
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, int):
+        return hasattr(value, "__index__") and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_like, value, default))
+    return True
 
 
 def _reader(name: str) -> Callable[..., TrackletData]:

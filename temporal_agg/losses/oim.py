@@ -32,6 +32,8 @@ class OIMLoss(nn.Module):
 
     def __init__(self, num_classes: int, num_features: int, scale: float = 30.0, momentum: float = 0.5):
         super().__init__()
+        if not (0 < scale < float("inf") and 0 <= momentum <= 1):
+            raise ValueError(f"scale must be above 0 and momentum a share, from 0 to 1, got {scale} and {momentum}.")
         self.scale = scale
         self.momentum = momentum
         self.register_buffer("table", torch.zeros(num_classes, num_features))

@@ -48,6 +48,8 @@ class TripletLoss(nn.Module):
         self.distance = distance
         if mining not in ("hard", "random"):
             raise ValueError(f"mining must be 'hard' or 'random', got {mining!r}.")
+        if margin is not None and (isinstance(margin, bool) or not 0 <= margin < float("inf")):
+            raise ValueError(f"margin must be a number of at least 0, or None for a soft margin, got {margin!r}.")
         self.margin = margin
         self.mining = mining
         self.generator = generator

@@ -14,6 +14,7 @@ from temporal_agg.aggregators.registry import aggregator_options
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
 NAMES = list_aggregators()
+HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=needs_torch("2.4", "float16 on a CPU"))]
 
 # Torch's own compiler and exporter import modules that warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def create(name):
     """As small as its options allow: gsta and lstm have 512 hidden features if not told otherwise."""
     return create_aggregator(
-        name, C, **{"hidden_features": 24} if "hidden_features" in aggregator_options(name) else {}
+        name, C, **{"hidden_features": 64} if "hidden_features" in aggregator_options(name) else {}
     )
 
 
@@ -227,11 +228,7 @@ def test_bfloat16_autocast(aggregator):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in aggregator.parameters())
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, pytest.param(torch.float16, marks=needs_torch("2.4", "float16 on a CPU"))],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_in_evaluation(aggregator, dtype):
     """``.half()`` and ``.bfloat16()``: every parameter and the input in half precision, no autocast."""
     features, extra = inputs(aggregator, B=4)
@@ -517,7 +514,7 @@ def test_streaming_errors(aggregator):
         aggregator.update(aggregator.begin(2), features[:, :, 1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_streaming_in_half_precision(aggregator, dtype):
     streams(aggregator)
     features, _ = inputs(aggregator, B=2)

@@ -115,7 +115,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if all(r.alias_info is None for r in func._schema.returns):
-            self.sizes += [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.sizes += [x.numel() for x in torch.utils._pytree.tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
         return out
 
 

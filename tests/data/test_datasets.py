@@ -15,6 +15,11 @@ def test_data_sets_open_by_name(tmp_path):
         parse_data_spec("synthetic:5")
     with pytest.raises(TypeError, match="'synthetic' has no option people; it has: num_identities, "):
         open_dataset("synthetic", people=5)
+    for option, value in (("seed", "1"), ("seed", True), ("length", 5), ("length", [3]), ("size", [64, "32"])):
+        with pytest.raises(TypeError, match=f"'synthetic': {option} must be like "):
+            open_dataset("synthetic", **{option: value})
+    with pytest.raises(TypeError, match="'mars': cache must be like True, got 'no'"):
+        open_dataset("mars", "anywhere", cache="no")
     with pytest.raises(TypeError, match="'folder' has no option seed; it has: none"):
         open_dataset("folder", tmp_path, seed=1)
     with pytest.raises(ValueError, match="no data set is named 'ilids'; did you mean 'ilids-vid'"):

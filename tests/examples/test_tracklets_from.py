@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,6 +216,42 @@ def simple(folder, rows, frames=12, draw=None, name="gt/gt.txt"):
 
 PLAIN = ["--cameras", "1", "--test", "0"]
 PERSON = "{f},1,21,61,40,120,1,1,1.0"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--visibility nan", "--visibility 50", "--occlusion nan", "--confidence nan", "--margin inf", "--max-gap -1"],
+)
+def test_mot_numbers_that_make_no_sense(sequence, tmp_path, monkeypatch, option):
+    with pytest.raises(SystemExit, match=r"are shares, from 0 to 1, and .* numbers of at least 0"):
+        load("tracklets_from_mot", monkeypatch)([str(sequence), "--out", str(tmp_path / "out"), *option.split()])
+    assert not (tmp_path / "out").exists()
+
+
+def test_mot_a_sequence_twice_would_double_its_people(sequence, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(sequence)
+    with pytest.raises(SystemExit, match="SEQ-01 is given twice"):
+        load("tracklets_from_mot", monkeypatch)([str(sequence), str(tmp_path / "link"), "--out", str(tmp_path / "out")])
+
+
+def test_mot_a_full_disk_leaves_no_half_frame(sequence, tmp_path):
+    """Pillow takes no notice when the system writes a part of a frame only; then it would stay for ever."""
+    resource = pytest.importorskip("resource", reason="this system bounds no files")
+
+    def bound():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    out = tmp_path / "out"
+    command = [sys.executable, str(EXAMPLES / "tracklets_from_mot.py"), str(sequence), "--out", str(out)]
+    command += ["--min-height", "20", "--min-length", "4"]
+    done = subprocess.run(command, preexec_fn=bound, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    subprocess.run(command, check=True, capture_output=True)
+    files = sorted(out.rglob("*.jpg"))
+    assert len(files) > 40
+    for file in files:
+        data.open_image(file)
 
 
 def test_mot_says_what_each_filter_left_out(tmp_path, monkeypatch, capsys):

@@ -177,6 +177,35 @@ def test_a_damaged_file_is_named(publish, run, name, content):
         publish.main([str(run), "--dry-run"])
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("settings", "out", 3),
+        ("settings", "split", "x"),
+        ("settings", "identity_splits", True),
+        ("settings", "split_seed", -1),
+        ("settings", "flow_root", 3),
+        ("environment", "command", 3),
+        ("environment", "processes", "2"),
+        ("environment", "temporal_agg", None),
+    ],
+)
+def test_a_value_of_another_kind_is_named(publish, run, part, key, value):
+    settings = json.loads((run / "settings.json").read_text())
+    settings[part][key] = value
+    (run / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match=rf"publish\.py: .*settings\.json: .*{key}.*restore the file"):
+        publish.main([str(run), "--dry-run"])
+
+
+@pytest.mark.parametrize("name", ["x", "a/b", "../x", "mean_resnet10t.synthetic", NAME + " x", "attention_resnet10t."])
+def test_a_name_is_that_of_the_model_and_a_tag(publish, run, name):
+    with pytest.raises(SystemExit, match=r"--name must be attention_resnet10t\.<tag>"):
+        publish.main([str(run), "--dry-run", "--name", name])
+    with pytest.raises(SystemExit, match="--repo must be owner/name"):
+        publish.main([str(run), "--dry-run", "--repo", name.replace("/", "")])
+
+
 @pytest.mark.parametrize("name", ["loga", "star", "gsta", "gltr_released", "fgra", "grl_released", "mean"])
 def test_every_system_has_its_card(publish, run, tmp_path, name):
     model = temporal_agg.create_model(f"{name}_resnet18", img_size=(64, 32))

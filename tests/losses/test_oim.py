@@ -116,6 +116,9 @@ def test_half_precision_input_gives_a_float32_loss():
 
 
 def test_errors_say_what_came():
+    for options in ({"scale": 0}, {"scale": float("nan")}, {"momentum": 1.1}, {"momentum": float("nan")}):
+        with pytest.raises(ValueError, match="scale must be above 0 and momentum a share"):
+            OIMLoss(CLASSES, D, **options)
     loss, x = OIMLoss(CLASSES, D), torch.zeros(N, D)
     with pytest.raises(ValueError, match=rf"embeddings \[N, {D}\].*got \[12, 5\]"):
         loss(x[:, 1:], LABELS)

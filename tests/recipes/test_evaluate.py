@@ -176,6 +176,10 @@ def test_what_cannot_be_evaluated_is_said(recipe, run, tmp_path, capsys):
     assert "--split and --data-options are of --data" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--clip has no lenght"):
         evaluate(recipe, run, "--clip", "lenght=3")
+    with pytest.raises(SystemExit, match="no weights have been released or planned for 'mean_resnet10t'"):
+        evaluate(recipe, "mean_resnet10t", "--data", "synthetic")
+    with pytest.raises(SystemExit, match=r"gltr_resnet50\.mars are planned and have not been released"):
+        evaluate(recipe, "gltr_resnet50", "--data", "synthetic")
     with pytest.raises(SystemExit, match="is not the name of a model: use"):
         evaluate(recipe, tmp_path / "nothing")
     (run / "settings.json").unlink()

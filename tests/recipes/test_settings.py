@@ -38,6 +38,9 @@ def refused(recipe, capsys):
         ("--lr-factors aggregator=fast", "got aggregator='fast'"),
         ("--model-options quality=[", "takes KEY=VALUE, the values in YAML"),
         ("--optimizer sgd --momentum 0", "nesterov needs a momentum above 0"),
+        ("--optimizer sgd --momentum 1", "momentum must be at least 0 and at most 0.9999, got 1.0"),
+        ("--seed 99999999999999999999", "seed must be at least 0 and at most"),
+        ("--flow-root /nowhere", "flow_root: there is no folder /nowhere"),
         ("--schedule step", "needs step_epochs or step_milestones"),
         ("--schedule step --step-milestones 0", "step_milestones must be at least 1, got 0"),
         ("--data mars:/a --root /b", "data says where the data set lies, mars:/a, and root again: /b"),
@@ -81,6 +84,15 @@ def test_a_config_may_begin_with_a_byte_order_mark_and_bases_may_chain(recipe, t
     (tmp_path / "c.yaml").write_text("base: b.yaml\nseed: 5\n")
     settings = recipe("train").parse_settings(["--config", str(tmp_path / "c.yaml")])
     assert (settings.lr, settings.epochs, settings.seed) == (0.5, 4, 5)
+
+
+def test_numbers_may_have_an_exponent_without_a_point(recipe, tmp_path):
+    """YAML itself takes 1e-3 for text."""
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\nweight_decay: 5.e+1\nlr_factors: {encoder: 2E2}\nname: 1e3x\n")
+    command = ["--config", str(tmp_path / "a.yaml"), "--criterion-options", "margin=3e-1", "mining=hard"]
+    settings = recipe("train").parse_settings(command)
+    assert (settings.lr, settings.weight_decay, settings.lr_factors) == (1e-3, 50.0, {"encoder": 200.0})
+    assert (settings.criterion_options, settings.name) == ({"margin": 0.3, "mining": "hard"}, "1e3x")
 
 
 @pytest.mark.parametrize(

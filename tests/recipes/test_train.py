@@ -121,6 +121,7 @@ def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(rec
         recipe("train").main([*argv, "--lr", "0.5"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     """Killed in the middle of an epoch, between two optimizer steps, with random mining."""
 
@@ -384,6 +385,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(other_gradients, gradients, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--sampler", "identity"], ["--sampler", "pairs", "--find-unused-parameters"]])
 def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normalised(tmp_path, options):
     options = ["--model", "attention_test_vit", *options, "--batch-size", "4", "--epochs", "2"]
@@ -402,6 +404,7 @@ def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normal
     assert metrics[0]["map"] == pytest.approx(metrics[1]["map"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_the_model_that_is_saved(tmp_path):
     """BatchNorm's statistics are each process's own until they are broadcast."""
     options = ["--model", "mean_resnet10t", "--epochs", "4", "--lr", "0.01", "--out", str(tmp_path), "--name", "two"]
@@ -534,6 +537,7 @@ def test_every_paper_trains_end_to_end(recipe, tmp_path, system, name):
     assert (run / "stage1" / "metrics.json").exists() == ("stages" in settings)
 
 
+@pytest.mark.slow
 def test_half_precision_and_recomputed_activations(recipe, tmp_path):
     """bfloat16 moves the losses by its rounding, computing activations twice not at all."""
     losses = {}

@@ -97,6 +97,7 @@ def test_compiled_forms_stand_beside_ours(benchmark, monkeypatch, capsys):
             assert len(row[mode]["all_ms"]["compiled"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, in its exporter
 def test_exported_forms_stand_beside_ours(benchmark, capsys):
     argv = ["--names", "mean,attention", "--backbone", "none", "--no-memory", "--export"]

@@ -33,6 +33,19 @@ def test_a_page_shows_every_part_of_a_file(results):
     assert "4 threads, Python 3.12" in text
 
 
+def test_a_page_goes_over_no_other_file(recipe, tmp_path):
+    kept = {"parts": {"retrieval": {**part(distances=([5.0], [10.0])), "environment": ENVIRONMENT}}}
+    kept = file(tmp_path, "kept.json", kept)
+    before = kept.read_text()
+    main = recipe("speed").main
+    with pytest.raises(SystemExit, match=r"--out would be written over, and is no such page: .*kept\.json"):
+        main(["page", "--results", str(kept), "--out", str(kept)])
+    assert kept.read_text() == before
+    for _ in range(2):
+        assert main(["page", "--results", str(kept), "--out", str(tmp_path / "page.md")]) == 0
+    assert "| distances, 2 x 3 |" in (tmp_path / "page.md").read_text()
+
+
 def test_what_became_slower_is_named_and_noise_is_not(recipe, tmp_path, capsys):
     numpy = [10.0, 10.0, 10.0]
     old = part(distances=([5.0, 5.1, 5.2], numpy), evaluate=([5.0, 5.1, 5.2], numpy), rerank=([5.0, 6.0, 9.0], numpy))
