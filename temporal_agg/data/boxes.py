@@ -79,6 +79,7 @@ NAMES: tuple[str, ...] = (*_PLACE, "right", "bottom", "confidence", "flag", "cla
 NAMES += ("truncation", "occlusion", "detection", "-")
 ALIASES = {"track_id": "id", "conf": "confidence", "score": "confidence", "cls": "class", "class_id": "class"}
 ALIASES |= {"bb_left": "left", "bb_top": "top", "bb_width": "width", "bb_height": "height"}
+ALIASES |= {"x1": "left", "y1": "top", "x2": "right", "y2": "bottom"}
 VISIBLE = {0: 1.0, 1: 0.75, 2: 0.25}  # of VisDrone's occlusion: none, up to half, more
 
 
@@ -243,7 +244,7 @@ def _numbers(line: str, where: str) -> Row:
 
 
 def _from_csv(file: Path, header: str) -> tuple[list[tuple[str, Row]], Layout, str]:
-    corners = re.search(r"\bright\b", header.lower())
+    corners = re.search(r"\b(right|x2)\b", header.lower())
     required = (*_PLACE[:4], *(("right", "bottom") if corners else ("width", "height")))
     rows: list[tuple[str, Row]] = []
     names: tuple[str, ...] = required

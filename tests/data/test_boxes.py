@@ -150,6 +150,8 @@ def test_csv_and_text_as_editors_write_them(write, encoding):
     assert found.boxes == [Box(1, 1, 19, 59, 40, 120, 0.5)]
     corners = ["frame,track_id,left,top,right,bottom", "0,1,20,60,60,180"]
     assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
+    corners[0] = "frame,track_id,x1,y1,x2,y2"  # as detectors call them
+    assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
 
 
 def test_another_encoding_names_the_file(write):
