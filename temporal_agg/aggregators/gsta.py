@@ -111,10 +111,19 @@ class GSTACriterion(Criterion):
         model: read for the embedding's width.
         margin: of the triplet loss and of the regulariser (alpha_2 = alpha_1).
         pyramid_weight: the factor of the regulariser (lambda); 0 leaves it out, and any aggregator will do.
+
+    Raises:
+        TypeError: a model with another aggregator, and the regulariser.
     """
 
     def __init__(self, num_classes: int, model: nn.Module, margin: float = 0.4, pyramid_weight: float = 0.1):
         super().__init__(num_classes)
+        aggregator = aggregator_of(model)
+        if pyramid_weight and not isinstance(aggregator, GSTA):
+            raise TypeError(
+                f"criteria 'gsta' and 'star' read the maps that GSTA hands out, got {type(aggregator).__name__}: "
+                "pyramid_weight=0 leaves out the term that needs them."
+            )
         self.weights = {"pyramid": pyramid_weight}
         self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes, bias=False)
         self.triplet = TripletLoss(margin)

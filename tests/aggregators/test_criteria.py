@@ -148,6 +148,8 @@ def test_fgra_follows_the_models_branches():
         assert all(p.grad is not None for p in criterion.parameters())
     with pytest.raises(TypeError, match="got Mean"):
         create_criterion("fgra", 5, create_aggregator("mean", 8))
+    with pytest.raises(TypeError, match="got Mean: pyramid_weight=0"):
+        create_criterion("gsta", 5, create_aggregator("mean", 8))
     with pytest.raises(ValueError, match="'learned' or 'clip'"):
         fgra(5, {"centres": "mean"})
 
