@@ -5,6 +5,7 @@ import pytest
 import timm.layers.cbam
 import torch
 from torch.nn import functional as F
+from versions import OLD_TIMM
 
 from temporal_agg.aggregators.gsta import GSTA
 from temporal_agg.models import LSTA, FrameEncoder, StarEncoder, TrackletModel, create_model, list_models
