@@ -240,7 +240,7 @@ def test_weights_must_fit(model, saved, tmp_path):
     safetensors.torch.save_file({**weights, "encoder.backbone.conv1.0.weight": first[1:]}, path)
     with pytest.raises(ValueError, match=r"1 of another shape or kind: encoder.backbone.conv1.0.weight \(\["):
         TrackletModel.from_pretrained(saved)
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="no complete safetensors file"):
         TrackletModel.from_pretrained(saved)
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from torch import nn
+from versions import TORCH, needs_torch
 
 from temporal_agg.models import create_model, load_weights, read_checkpoint, unwrap
 
@@ -68,7 +69,10 @@ def test_backbone_weights_of_other_libraries(model, backbone, tmp_path, before, 
         head = {f"module.{key}": value for key, value in head.items()}
     weights = {**{before + key: value for key, value in backbone.items()}, **head}
     path = tmp_path / "weights.pth"
-    torch.save({wrapper: weights, "epoch": 3, "best": np.float64(0.5)} if wrapper else weights, path)
+    torch.save(
+        {wrapper: weights, "epoch": 3, "best": np.float64(0.5) if TORCH >= (2, 4) else 0.5} if wrapper else weights,
+        path,
+    )
     aggregator = {key: value.clone() for key, value in model.aggregator.state_dict().items()}
     report = load_weights(model, path, strict=False)
     assert all(torch.equal(value, backbone[key]) for key, value in encoder_of(model).items())
@@ -124,7 +128,9 @@ def contained(checkpoint):
     return checkpoint
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=needs_torch("2.4", k)) if k.startswith("NumPy") else k for k in CHECKPOINTS]
+)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_checkpoints_of_others(model, backbone, tmp_path, kind, legacy):
     torch.save(CHECKPOINTS[kind](backbone), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
@@ -171,6 +177,8 @@ def test_weights_that_are_no_numbers_of_a_model(model, tmp_path, change):
             return x.to(getattr(torch, change))
         return torch.full_like(x, 1e300, dtype=torch.float64) if change == "too large" else x * 0 + float(change)
 
+    if change == "complex64" and torch.complex64 not in safetensors.torch._SIZE:
+        pytest.skip(f"safetensors {safetensors.__version__} writes no complex numbers")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({key: changed(value) for key, value in before.items()}, path)
@@ -238,6 +246,7 @@ class Encoded:
         return _codecs.encode, ("ab" * 1_000_000, "punycode")
 
 
+@needs_torch("2.4", "what the unpickler allows can be listed")
 def test_hostile_files_end_at_once(tmp_path):
     nested = {"w": torch.ones(2)}
     for _ in range(60):  # 2 ** 60 ways through it
@@ -258,7 +267,9 @@ def test_what_is_refused_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth holds more than tensors \(argparse\.Namespace\)"):
         read_checkpoint(tmp_path / "x.pth")
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
-    with pytest.raises(ValueError, match=r"x\.pt is a TorchScript archive"):
+    with pytest.raises(
+        ValueError, match=r"x\.pt (is a TorchScript archive|holds no state dict, but RecursiveScriptModule)"
+    ):
         read_checkpoint(tmp_path / "x.pt")
 
 
