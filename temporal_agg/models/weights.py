@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,6 +271,10 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is no file of torch.save, it begins with {start!r}: a pointer of git LFS, or a web page in "
             "place of the download?"
         )
+    if _is_torchscript(path):  # torch 2.0 would run it, weights_only or not
+        raise ValueError(
+            f"{path} is a TorchScript archive, which holds code: save the state dict of the model that it was made from."
+        )
     try:
         with _numpy_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -283,12 +288,15 @@ def _read_pickle(path: Path) -> Any:
             "you trust it."
         ) from error
     except Exception as error:  # what torch and its unpickler raise at a damaged or hostile file is not listed anywhere
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} is a TorchScript archive, which holds code: save the state dict of the model that it was made "
-                "from."
-            ) from error
         raise ValueError(f"{path} is no complete torch.save file: {type(error).__name__}: {error}.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _flat(content: dict) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def test_entries_are_whole(weights):
     else:
         assert weights.revision is None
     for config in re.findall(r"--config (\S+)", weights.command):
-        assert (ROOT / config).is_file()
+        assert (ROOT / "recipes" / "configs" / config).is_file()
 
 
 def test_only_released_weights_are_listed(entries):

@@ -267,9 +267,7 @@ def test_what_is_refused_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth holds more than tensors \(argparse\.Namespace\)"):
         read_checkpoint(tmp_path / "x.pth")
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
-    with pytest.raises(
-        ValueError, match=r"x\.pt (is a TorchScript archive|holds no state dict, but RecursiveScriptModule)"
-    ):
+    with pytest.raises(ValueError, match=r"x\.pt is a TorchScript archive"):
         read_checkpoint(tmp_path / "x.pt")
 
 
