@@ -273,7 +273,7 @@ def _read_pickle(path: Path) -> Any:
         )
     if _is_torchscript(path):  # torch 2.0 would run it, weights_only or not
         raise ValueError(
-            f"{path} is a TorchScript archive, which holds code: save the state dict of the model that it was made from."
+            f"{path} is a TorchScript archive, which holds code: save the state dict of the model it was made from."
         )
     try:
         with _numpy_allowed():
