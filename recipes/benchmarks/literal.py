@@ -120,7 +120,7 @@ def gsta(m: Aggregator, features: Tensor, frames: Tensor | None = None, weight: 
     """``weight``: of the convolution over [x_t, h_{t-1}]; None = put together here from the aggregator's two."""
     weight = _joined_weight(m.lstm) if weight is None else weight
     B, _, _, H, W = features.shape
-    h = c = features.new_zeros(B, m.lstm.hidden_channels, H, W)
+    h = c = features.new_zeros(B, m.lstm.hidden_features, H, W)
     hidden = []
     for x_t in features.unbind(1):
         i, f, g, o = F.conv2d(torch.cat([x_t, h], 1), weight, m.lstm.input.bias, padding=1).chunk(4, 1)

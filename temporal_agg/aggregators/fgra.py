@@ -81,12 +81,12 @@ class GAM(nn.Module):
     statistics, are those over all real frames, regions and pixels (the paper does not say how regions share it; ours).
 
     Args:
-        num_features: C, the channels of maps and templates.
+        in_features: C, the channels of maps and templates.
     """
 
-    def __init__(self, num_features: int):
+    def __init__(self, in_features: int):
         super().__init__()
-        self.norm = _SimilarityNorm(num_features)
+        self.norm = _SimilarityNorm(in_features)
 
     def forward(self, maps: Tensor, templates: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Aligns every frame with every template of its clip.
@@ -205,12 +205,12 @@ class TemporalAttention(nn.Module):
     The paper takes it from Li et al. (CVPR 2018); without a bias, which would cancel in the softmax.
 
     Args:
-        num_features: C.
+        in_features: C.
     """
 
-    def __init__(self, num_features: int):
+    def __init__(self, in_features: int):
         super().__init__()
-        self.score = nn.Linear(num_features, 1, bias=False)
+        self.score = nn.Linear(in_features, 1, bias=False)
 
     def forward(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums the frames.
@@ -233,12 +233,12 @@ class SpatialAttention(nn.Module):
     The convolution has no bias: BatchNorm would cancel it.
 
     Args:
-        num_features: C.
+        in_features: C.
     """
 
-    def __init__(self, num_features: int):
+    def __init__(self, in_features: int):
         super().__init__()
-        self.conv = nn.Conv1d(num_features, 1, kernel_size=3, padding=1, bias=False)
+        self.conv = nn.Conv1d(in_features, 1, kernel_size=3, padding=1, bias=False)
         self.norm = nn.BatchNorm1d(1)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class DTP(nn.Module):
     Each sees zeros beyond the first and the last real frame. Eq. 5 is printed off-centre; read as centred.
 
     Args:
-        features: d.
+        in_features: d.
         rates: r of each branch; the paper's are 2^(n-1).
         kind: what r means (the paper's Fig. 6). ``dilated``: the dilation of a kernel of 3 frames. ``undilated``: a
             kernel of 2r + 1 frames, the same field. ``pooling``: means of r frames in a row, a kernel of 3 over those,
@@ -73,7 +73,7 @@ class DTP(nn.Module):
 
     def __init__(
         self,
-        features: int,
+        in_features: int,
         rates: Sequence[int] = (1, 2, 4),
         kind: str = "dilated",
         *,
@@ -88,13 +88,15 @@ class DTP(nn.Module):
         self.rates = tuple(rates)
         self.kind = kind
         self.keep_input = keep_input
-        self.num_features = features * (len(rates) + keep_input)
+        self.num_features = in_features * (len(rates) + keep_input)
         self.branches = nn.ModuleList()
         for r in rates:
             kernel = 2 * r + 1 if kind == "undilated" else 3
             dilation = r if kind == "dilated" else 1
             self.branches.append(
-                nn.Conv1d(features, features, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+                nn.Conv1d(
+                    in_features, in_features, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias
+                )
             )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -135,7 +137,7 @@ class TSA(nn.Module):
     B and C are followed by a BatchNorm, so they have no bias.
 
     Args:
-        features: the channels of F', N*d.
+        in_features: the channels of F', N*d.
         reduction: alpha, of the width inside.
         normalize: ``softmax``: what a frame gathers is a weighted mean over the sources. The paper prints none; the
             work it builds on, and its released code, have it. ``none``: as printed. The mask is then unbounded and what
@@ -148,20 +150,20 @@ class TSA(nn.Module):
         ValueError: an unknown ``normalize`` or ``start``.
     """
 
-    def __init__(self, features: int, reduction: int = 2, normalize: str = "softmax", start: str = "zero"):
+    def __init__(self, in_features: int, reduction: int = 2, normalize: str = "softmax", start: str = "zero"):
         super().__init__()
         if start not in ("zero", "small"):
             raise ValueError(f"TSA: start must be 'zero' or 'small', got {start!r}.")
         if normalize not in ("softmax", "none"):
             raise ValueError(f"TSA: normalize must be 'softmax' or 'none', got {normalize!r}.")
-        hidden = features // reduction
+        hidden = in_features // reduction
         self.normalize = normalize
-        self.b = nn.Linear(features, hidden, bias=False)
+        self.b = nn.Linear(in_features, hidden, bias=False)
         self.b_norm = masked.BatchNorm(hidden)
-        self.c = nn.Linear(features, hidden, bias=False)
+        self.c = nn.Linear(in_features, hidden, bias=False)
         self.c_norm = masked.BatchNorm(hidden)
-        self.value = nn.Linear(features, hidden)
-        self.restore = nn.Linear(hidden, features)  # W
+        self.value = nn.Linear(in_features, hidden)
+        self.restore = nn.Linear(hidden, in_features)  # W
         nn.init.normal_(self.restore.weight, std=0.01 if start == "small" else 0.0)
         nn.init.zeros_(self.restore.bias)
 
@@ -231,26 +233,26 @@ class ReleasedTSA(TSA):
     at 0.
 
     Args:
-        features: the channels of F'.
+        in_features: the channels of F'.
         reduction: of the width inside.
     """
 
-    def __init__(self, features: int, reduction: int = 2):
+    def __init__(self, in_features: int, reduction: int = 2):
         nn.Module.__init__(self)
         self.normalize = "softmax"
-        hidden = features // reduction
-        self.theta = nn.Linear(features, hidden)
-        self.phi = nn.Linear(features, hidden)
-        self.g = nn.Linear(features, hidden)
-        self.restore = nn.Linear(hidden, features)
-        self.restore_norm = masked.BatchNorm(features)
+        hidden = in_features // reduction
+        self.theta = nn.Linear(in_features, hidden)
+        self.phi = nn.Linear(in_features, hidden)
+        self.g = nn.Linear(in_features, hidden)
+        self.restore = nn.Linear(hidden, in_features)
+        self.restore_norm = masked.BatchNorm(in_features)
         nn.init.zeros_(self.restore_norm.weight)
 
     def _pairs(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.phi(x), self.theta(x)  # M[s, t] = softmax over s of phi_s . theta_t
 
     def gather(self, x: Tensor, M: Tensor, mask: Tensor) -> Tensor:
-        """The block's output for every frame, ``[B, T, features]``."""
+        """The block's output for every frame, ``[B, T, in_features]``."""
         return masked.zero(self.restore_norm(self.restore(M.mT.to(x.dtype) @ self.g(x)), mask) + x, mask)
 
     def mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -52,15 +52,15 @@ class ConvLSTM(nn.Module):
     wait for the recurrence and runs over all frames at once. Gates stand in torch's order: i, f, g, o.
 
     Args:
-        in_channels: C.
-        hidden_channels: the channels of the hidden state and of the cell.
+        in_features: C.
+        hidden_features: the channels of the hidden state and of the cell.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int):
+    def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
-        self.hidden_channels = hidden_channels
-        self.input = nn.Conv2d(in_channels, 4 * hidden_channels, 3, padding=1)
-        self.recurrent = nn.Conv2d(hidden_channels, 4 * hidden_channels, 3, padding=1, bias=False)
+        self.hidden_features = hidden_features
+        self.input = nn.Conv2d(in_features, 4 * hidden_features, 3, padding=1)
+        self.recurrent = nn.Conv2d(hidden_features, 4 * hidden_features, 3, padding=1, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,7 +68,7 @@ class ConvLSTM(nn.Module):
         self.recurrent.reset_parameters()
         bias = self.input.get_parameter("bias")
         nn.init.zeros_(bias)
-        nn.init.ones_(bias[self.hidden_channels : 2 * self.hidden_channels])
+        nn.init.ones_(bias[self.hidden_features : 2 * self.hidden_features])
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Runs over the frames in order.
@@ -85,7 +85,7 @@ class ConvLSTM(nn.Module):
         B, T, _, H, W = x.shape
         from_input = self.input(x.flatten(0, 1)).unflatten(0, (B, T))
         if state is None:
-            zeros = masked.at_least_float32(from_input.new_zeros(B, self.hidden_channels, H, W))
+            zeros = masked.at_least_float32(from_input.new_zeros(B, self.hidden_features, H, W))
             state = zeros, zeros
         h, c = state
         real = (None,) * T if mask is None else mask[..., None, None, None].unbind(1)
@@ -203,7 +203,7 @@ class GSTA(Aggregator):
     streaming_reason = ""
 
     def _begin(self, batch: int, like: Tensor) -> _Seen:
-        hidden = self.lstm.hidden_channels
+        hidden = self.lstm.hidden_features
         nothing, none = like.new_zeros(batch, hidden, 0, 0), like.new_zeros(batch, dtype=torch.int64)
         attended = Softmaxed.begin(batch, (), (hidden,), like)
         return _Seen(nothing, nothing, *attended, like.new_zeros(batch, self.in_features), none)

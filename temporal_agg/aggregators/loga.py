@@ -123,7 +123,7 @@ class GCQ(nn.Module):
     A bias in front of a BatchNorm, and the shift of K's BatchNorm in front of the softmax, would cancel: there is none.
 
     Args:
-        num_features: D.
+        in_features: D.
         scale: divides the logits; None = as printed, ``sqrt`` = sqrt(D), or a number. They are sums over D products of
             unit variance: as printed, at D = 2048 an untrained model gives nearly all weight to one frame, and wrecks
             its backbone: the frame vectors' gradient through the logits is 53 times that through p at the start, and
@@ -133,19 +133,19 @@ class GCQ(nn.Module):
         ValueError: another word, or a number that is not positive.
     """
 
-    def __init__(self, num_features: int, scale: float | str | None = None):
+    def __init__(self, in_features: int, scale: float | str | None = None):
         super().__init__()
         if scale == "sqrt":
-            scale = num_features**0.5
+            scale = in_features**0.5
         if scale is not None and (isinstance(scale, str) or not scale > 0):
             raise ValueError(f"GCQ: scale must be None, 'sqrt' or a positive number, got {scale!r}.")
         self.scale = scale
-        self.query = nn.Linear(num_features, num_features, bias=False)
-        self.query_norm = masked.BatchNorm(num_features)
-        self.key = nn.Linear(num_features, num_features, bias=False)
-        self.key_norm = masked.BatchNorm(num_features, bias=False)
-        self.value = nn.Linear(num_features, num_features, bias=False)
-        self.value_norm = masked.BatchNorm(num_features)
+        self.query = nn.Linear(in_features, in_features, bias=False)
+        self.query_norm = masked.BatchNorm(in_features)
+        self.key = nn.Linear(in_features, in_features, bias=False)
+        self.key_norm = masked.BatchNorm(in_features, bias=False)
+        self.value = nn.Linear(in_features, in_features, bias=False)
+        self.value_norm = masked.BatchNorm(in_features)
 
     def forward(self, prototype: Tensor, embeddings: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weighs the frames.

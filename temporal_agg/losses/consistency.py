@@ -18,19 +18,19 @@ class ConsistencyLoss(nn.Module):
     Args:
         num_classes: identities that have centres; None = the clip's own means, and no parameters.
         num_regions: N_s. Needed for centres only.
-        num_features: C. Needed for centres only.
+        in_features: C. Needed for centres only.
     """
 
-    def __init__(self, num_classes: int | None = None, num_regions: int = 4, num_features: int = 2048):
+    def __init__(self, num_classes: int | None = None, num_regions: int = 4, in_features: int = 2048):
         super().__init__()
         self.centres = None
         if num_classes is not None:
-            if min(num_classes, num_regions, num_features) < 1:
+            if min(num_classes, num_regions, in_features) < 1:
                 raise ValueError(
-                    "num_classes, num_regions and num_features must be >= 1, "
-                    f"got {num_classes}, {num_regions}, {num_features}."
+                    "num_classes, num_regions and in_features must be >= 1, "
+                    f"got {num_classes}, {num_regions}, {in_features}."
                 )
-            self.centres = nn.Parameter(torch.zeros(num_classes, num_regions, num_features))
+            self.centres = nn.Parameter(torch.zeros(num_classes, num_regions, in_features))
 
     def forward(self, regions: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes the loss.
@@ -57,7 +57,7 @@ class ConsistencyLoss(nn.Module):
         else:
             raise ValueError(
                 f"the centres are for regions [B, T, {', '.join(map(str, self.centres.shape[1:]))}], got "
-                f"{list(regions.shape)}: build the loss with their num_regions and num_features."
+                f"{list(regions.shape)}: build the loss with their num_regions and in_features."
             )
         difference = masked.zero(regions - centres.unsqueeze(1), mask)
         return difference.square().sum() / len(regions)  # Eqs. 3, 12

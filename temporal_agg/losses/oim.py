@@ -23,20 +23,20 @@ class OIMLoss(nn.Module):
 
     Args:
         num_classes: identities; labels are 0 to ``num_classes - 1``.
-        num_features: D.
+        in_features: D.
         scale: the factor of the similarities (an inverse temperature).
         momentum: the share of the old vector in an update.
     """
 
     table: Tensor
 
-    def __init__(self, num_classes: int, num_features: int, scale: float = 30.0, momentum: float = 0.5):
+    def __init__(self, num_classes: int, in_features: int, scale: float = 30.0, momentum: float = 0.5):
         super().__init__()
         if not (0 < scale < float("inf") and 0 <= momentum <= 1):
             raise ValueError(f"scale must be above 0 and momentum a share, from 0 to 1, got {scale} and {momentum}.")
         self.scale = scale
         self.momentum = momentum
-        self.register_buffer("table", torch.zeros(num_classes, num_features))
+        self.register_buffer("table", torch.zeros(num_classes, in_features))
         self._samples: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def forward(

@@ -16,13 +16,13 @@ class VerificationLoss(nn.Module):
     Linear(C, 2)(BatchNorm((p - g)^2)), whose second entry is the probability of "same".
 
     Args:
-        num_features: C.
+        in_features: C.
     """
 
-    def __init__(self, num_features: int):
+    def __init__(self, in_features: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(num_features)
-        self.classifier = nn.Linear(num_features, 2)
+        self.norm = nn.BatchNorm1d(in_features)
+        self.classifier = nn.Linear(in_features, 2)
         nn.init.normal_(self.classifier.weight, std=1e-3)
         nn.init.zeros_(self.classifier.bias)
 

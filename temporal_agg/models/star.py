@@ -37,7 +37,7 @@ class LSTA(nn.Module):
     * ``se``: squeeze and excitation (CVPR 2018): Eq. 4 on the average alone.
 
     Args:
-        channels: C.
+        in_features: C.
         reduction: r; the channel attention is C / r wide, at least 1.
         width: the channels of each dilated convolution (the paper does not say; ours).
         variant: one of the above.
@@ -46,7 +46,7 @@ class LSTA(nn.Module):
         ValueError: another variant, or a width or reduction below 1.
     """
 
-    def __init__(self, channels: int, reduction: int = 16, width: int = 8, variant: str = "lsta"):
+    def __init__(self, in_features: int, reduction: int = 16, width: int = 8, variant: str = "lsta"):
         super().__init__()
         if variant not in VARIANTS[:-1]:
             raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS[:-1]))}, got {variant!r}.")
@@ -54,9 +54,9 @@ class LSTA(nn.Module):
             raise ValueError(f"reduction and width must be at least 1, got {reduction} and {width}.")
         self.variant = variant
         bias = variant != "cbam"
-        hidden = max(1, channels // reduction)
-        self.squeeze = nn.Linear(channels, hidden, bias=bias)  # W3, b3
-        self.excite = nn.Linear(hidden, channels, bias=bias)  # W4, b4
+        hidden = max(1, in_features // reduction)
+        self.squeeze = nn.Linear(in_features, hidden, bias=bias)  # W3, b3
+        self.excite = nn.Linear(hidden, in_features, bias=bias)  # W4, b4
         if variant in ("lsta", "undilated"):
             dilations = (1, 2, 3) if variant == "lsta" else (1, 1, 1)
             self.context = nn.ModuleList(nn.Conv2d(2, width, 3, padding=d, dilation=d) for d in dilations)  # W5, b5
