@@ -351,7 +351,7 @@ def gradients_of(rank, world, recipe_path, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(2), temporal_agg.create_aggregator("attention", 12)).double()
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    criterion = temporal_agg.losses.create_criterion("baseline", 4, model[1]).double()
+    criterion = temporal_agg.create_criterion("baseline", 4, model[1]).double()
     g = torch.Generator().manual_seed(1)
     clips, labels = torch.randn(8, 3, 3, 2, 2, generator=g, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)

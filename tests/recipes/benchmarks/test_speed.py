@@ -141,7 +141,8 @@ def test_table_and_json(benchmark, tmp_path, capsys):
         assert of["backbone_share"] == pytest.approx(of["ms"]["ours"] / 20 / (backbone["ms"] / 6))
         assert set(rows["star_resnet10t"][mode]["ms"]) == {"ours", "mean"}
     lines = capsys.readouterr().out.splitlines()
-    assert f"torch {torch.__version__}; B = 2, median of 2" in lines[0]
+    assert f"torch {torch.__version__}, numpy " in lines[0]
+    assert "; B = 2, median of 2" in lines[0]
     assert lines[1:3] == ["aggregators on maps 512 x 4 x 2", "systems on frames 64x32"]
     assert lines[3].startswith("backbone resnet10t, 6 frames 64x32 to maps 512 x 4 x 2: forward ")
     assert [line.split()[0] for line in lines if line.startswith(("mean ", "loga ", "star"))] == [*rows, *rows]
