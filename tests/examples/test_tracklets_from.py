@@ -1,3 +1,5 @@
+import shutil
+
 """tracklets_from_mot.py and tracklets_from_video.py on a made-up scene of 40 frames."""
 
 import csv
@@ -170,11 +172,15 @@ def test_mot_tracks_of_several_sequences(sequence, tmp_path, monkeypatch):
     options = [*OPTIONS, "--cameras", "1", "--test", "0", "--confidence", "0.5"]
     main([str(sequence), "--boxes", str(tmp_path / "tracks.txt"), "--out", str(tmp_path / "a"), *options])
     assert all(f >= 20 for runs in written(tmp_path / "a", shift=1).values() for run in runs for f in run)
-    main([str(sequence), str(sequence), "--out", str(tmp_path / "b"), *options])
+    other = tmp_path / "SEQ-02"
+    shutil.copytree(sequence, other)
+    main([str(sequence), str(other), "--out", str(tmp_path / "b"), *options])
     people = {p for p, _ in written(tmp_path / "b", shift=1)}
     assert people == {1, 2, 3, 6, 7, 8}  # numbers up to 4 are the first sequence's
-    main([str(sequence), str(sequence), "--out", str(tmp_path / "c"), *options, "--shared-ids"])
+    main([str(sequence), str(other), "--out", str(tmp_path / "c"), *options, "--shared-ids"])
     assert set(written(tmp_path / "c", shift=1)) == {(p, c) for p in (1, 2, 3) for c in (0, 1)}
+    with pytest.raises(SystemExit, match="is given twice"):
+        main([str(sequence), str(sequence), "--out", str(tmp_path / "d"), *options])
 
 
 def test_mot_errors(sequence, tmp_path, monkeypatch):
