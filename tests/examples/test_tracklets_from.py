@@ -1,9 +1,8 @@
-import shutil
-
 """tracklets_from_mot.py and tracklets_from_video.py on a made-up scene of 40 frames."""
 
 import csv
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
