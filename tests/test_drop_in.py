@@ -82,7 +82,7 @@ def run(project, *command):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_suite_is_green_with_one_more_file(project, suite):
-    run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES[suite])
+    run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *SUITES[suite])
 
 
 def test_it_saves_loads_exports_draws_trains_and_gets_a_card(project):
