@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 # Kills of one command: if it writes more often, before every rename, and before others evenly spread.
-MOST = int(os.environ.get("KILLS", 24))
+MOST = int(os.environ.get("KILLS", 4))
 DATA = ["--data", "synthetic", "--data-options", "num_identities=4", "num_cameras=2", "length=[1,2]", "size=[32,16]"]
 TINY = [*DATA, "--size", "32x16", "--clip-length", "1", "--identities", "2", "--clips", "2", "--device", "cpu"]
 TINY += ["--workers", "0", "--pad", "0", "--model", "mean_resnet10t", "--no-eval-untrained", "--name", "run"]
