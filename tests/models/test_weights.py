@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from torch import nn
-from versions import TORCH, needs_torch
+from versions import TORCH, needs_exporter, needs_torch
 
 from temporal_agg.models import create_model, load_weights, read_checkpoint, unwrap
 
