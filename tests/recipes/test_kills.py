@@ -203,6 +203,7 @@ study.Size = lambda: size
 """
 
 
+@pytest.mark.skipif("KILLS" not in os.environ, reason="a study is many trainings: minutes; KILLS=4 runs it")
 def test_study(server, tmp_path):
     argv = ["--out", "{}", "--only", "mean", "--seeds", "2", "--device", "cpu"]
     kill_everywhere(server, tmp_path, "study", argv, setup=STUDY, most=min(8, MOST))
