@@ -197,17 +197,21 @@ def ranked(
     gallery: Embeddings,
     k: int,
     use_rerank: bool,
-    own: Tensor,
+    own: Tensor | bool,
     index: Any = None,
     candidates: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each query its k nearest; no tracklet is its own match.
 
     Args:
-        own: ``[Q]``, each query's own place in the gallery, -1 = it is not there.
+        own: ``[Q]``, each query's own place in the gallery, -1 = it is not there. False: none is there; True: both are
+            the same.
         index: a FAISS index of the gallery to search in.
         candidates: re-rank so many of the nearest, and nothing else.
     """
+    if isinstance(own, bool):
+        places = torch.arange(len(query.names), device="cpu")
+        own = places if own else torch.full_like(places, -1)
     rows, columns = nearest(query, gallery, k, use_rerank, own, index, candidates)
     itself = own.tolist()
     for i, (values, places) in enumerate(zip(rows, columns, strict=True)):
