@@ -144,6 +144,8 @@ def test_gradients():
 
 
 def test_errors_say_what_came():
-    for wrong in ({"c": 1.0}, {"c": float("nan")}, {"rounds": 0}, {"start": "medoid"}):
-        with pytest.raises(ValueError, match=r"c > 1, rounds >= 1 and start 'median' or 'mean'|c must be a number"):
+    for wrong in ({"c": 1.0}, {"rounds": 0}, {"start": "medoid"}):
+        with pytest.raises(ValueError, match="c > 1, rounds >= 1 and start 'median' or 'mean'"):
             create_aggregator("robust", 8, **wrong)
+    with pytest.raises(ValueError, match="c must be a number, got nan"):
+        create_aggregator("robust", 8, c=float("nan"))
