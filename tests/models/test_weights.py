@@ -233,9 +233,10 @@ def test_numbers_that_are_not_stored_plainly_do_not_fit(model, tmp_path, change)
     state = {key: change(value) if value.is_floating_point() else value for key, value in model.state_dict().items()}
     torch.save(state, tmp_path / "x.pth")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"nothing in .*x\.pth fits the model: .* of another shape or kind|x\.pth holds more"
-    ):
+    said = r"nothing in .*x\.pth fits the model: .* of another shape or kind are encoder"
+    if TORCH < (2, 4):  # its reader refuses quantised tensors itself
+        said += r"|x\.pth holds more than tensors \(torch\._utils\._rebuild_qtensor\)"
+    with pytest.raises(ValueError, match=said):
         load_weights(model, tmp_path / "x.pth", strict=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
