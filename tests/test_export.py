@@ -5,6 +5,7 @@ import json
 import onnxruntime
 import pytest
 import torch
+from helpers import moved
 from torch import nn
 
 import temporal_agg
@@ -34,20 +35,6 @@ def build(name, **options):
 
 def small(name):
     return {key: value for key, value in SMALL.items() if key in aggregator_options(name)}
-
-
-def moved(module):
-    """Leaves the initial values: zero weights and unit norms would hide faults."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-        for key, b in module.named_buffers():
-            if key.endswith("running_mean"):
-                b += 0.1 * torch.randn(b.shape, generator=generator)
-            elif key.endswith("running_var"):
-                b *= 1 + torch.rand(b.shape, generator=generator)
-    return module
 
 
 def holes(B, T, seed=0):

@@ -1,4 +1,4 @@
-"""What holds the package together: who imports whom, what importing costs, and which names are public."""
+"""What holds the package together: who imports whom, and what importing costs."""
 
 import ast
 import subprocess
@@ -40,59 +40,6 @@ THIRD_PARTY = {  # beside torch, einops, numpy and the standard library
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "plot": {"matplotlib"},
 }
-
-PUBLIC = [
-    "Aggregator",
-    "ClipConfig",
-    "ConvLSTM",
-    "Criterion",
-    "DTP",
-    "Details",
-    "EMU",
-    "FGRA",
-    "FrameEncoder",
-    "GAM",
-    "GCE",
-    "GCQ",
-    "GLTR",
-    "GRL",
-    "GSTA",
-    "LAQ",
-    "LOGA",
-    "LSTA",
-    "MapKind",
-    "Paper",
-    "SpatialAttention",
-    "TRL",
-    "TSA",
-    "TemporalAlignment",
-    "TemporalAttention",
-    "Tracklet",
-    "TrackletModel",
-    "TrackletStream",
-    "biweight_mean",
-    "create_aggregator",
-    "create_criterion",
-    "create_model",
-    "crop_embedder",
-    "data",
-    "embed_tracklets",
-    "evaluate",
-    "export_onnx",
-    "geometric_median",
-    "list_aggregators",
-    "list_criteria",
-    "list_models",
-    "load_weights",
-    "losses",
-    "masked",
-    "outlier_mask",
-    "plot",
-    "register_aggregator",
-    "register_criterion",
-    "rerank",
-    "retrieval",
-]
 
 
 def part_of(path):
@@ -166,8 +113,3 @@ def test_importing_does_nothing_and_needs_no_extra():
     assert result.returncode == 0, result.stderr
     assert result.stdout == "[]\n"
     assert result.stderr == ""
-
-
-def test_public_names():
-    assert sorted(temporal_agg.__all__) == PUBLIC
-    assert all(hasattr(temporal_agg, name) for name in temporal_agg.__all__)

@@ -16,16 +16,16 @@ import common
 import numpy as np
 import torch
 import train
-from measuring import Call, heading, milliseconds, result_of, row_of, synchronize
+from measuring import BUILDERS, Call, heading, milliseconds, peak_memory, result_of, row_of, synchronize
 from settings import Settings
 
 import temporal_agg
 from temporal_agg import data
 
 
-def drawn(args: argparse.Namespace, count: int, frames: int) -> list[data.Tracklet]:
+def drawn(size: str, count: int, frames: int) -> list[data.Tracklet]:
     """Tracklets in memory, of noise."""
-    height, width = common.image_size(args.size)
+    height, width = common.image_size(size)
     rng = np.random.default_rng(0)
     return [
         data.Tracklet(list(rng.integers(0, 256, (frames, height, width, 3), np.uint8)), i // 2, i % 2, str(i))
@@ -42,7 +42,7 @@ def fastest(model: temporal_agg.TrackletModel) -> temporal_agg.TrackletModel:
 def embed_command(args: argparse.Namespace) -> dict:
     """Whole tracklets by embed_tracklets, against the backbone alone on frames that are there already."""
     torch.set_num_threads(args.threads)
-    tracklets = drawn(args, args.tracklets, args.frames)
+    tracklets = drawn(args.size, args.tracklets, args.frames)
     count, rows = args.tracklets * args.frames, []
     for name in args.models:
         print(f"time: embed {name}", file=sys.stderr, flush=True)
@@ -76,13 +76,15 @@ def train_command(args: argparse.Namespace) -> dict:
     """Steps of train.py (loader, transfer, bookkeeping) against a bare loop over batches that are there already."""
     torch.set_num_threads(args.threads)
     rows = []
-    for name in args.models:
-        print(f"time: train {name}", file=sys.stderr, flush=True)
-        tracklets = drawn(args, 2 * args.identities * args.steps, args.frames)
+    for model in args.models:
+        print(f"time: train {model}", file=sys.stderr, flush=True)
+        name, _, size = model.partition("@")
+        size = size or args.size
+        tracklets = drawn(size, 2 * args.identities * args.steps, args.frames)
         dataset = data.TrackletData(tracklets, tracklets[:4], tracklets[:4], name="noise")
         accelerator = common.accelerator_of(args.device)
         settings = Settings(
-            model=f"mean_{name}", size=args.size, identities=args.identities, clip_length=args.frames, warmup=0.0,
+            model=f"mean_{name}", size=size, identities=args.identities, clip_length=args.frames, warmup=0.0,
             epochs=args.repeats + 1, workers=args.workers, eval_untrained=False, save_every=10**9,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,7 @@ def train_command(args: argparse.Namespace) -> dict:
         ends = [entry["train_seconds"] for entry in job.progress["history"]]
         ours = [1000 * (end - start) / len(batches) for start, end in itertools.pairwise(ends)]
         frames = 2 * args.identities * args.frames
-        rows.append(row_of(f"mean_{name}", {"ours": ours, "bare": bare[1:]}, frames=frames))
+        rows.append(row_of(f"mean_{name} {size}", {"ours": ours, "bare": bare[1:]}, frames=frames))
     result = result_of("train", args, rows)
     print(heading(result))
     lines = [["", "a step, ms", "of a bare loop, ms", "speed of the bare loop"]]
@@ -118,3 +120,37 @@ def bare_loop(job: train.Training, batches: list[dict]) -> None:
         job.criterion(details, batch["label"])["loss"].backward()
         job.optimizer.step()
         job.optimizer.zero_grad()
+
+
+def build_long(what: str, name: str, args: argparse.Namespace) -> Call:
+    """One tracklet of many small frames through embed_tracklets; ``name``: an aggregator."""
+    size = common.image_size(args.size)
+    model = temporal_agg.create_model(f"{name}_{args.backbone}", img_size=size).eval().to(args.device)
+    options: dict[str, Any] = {"frames_per_batch": args.frames_per_batch, "device": args.device, "progress": False}
+    return Call(partial(temporal_agg.embed_tracklets, model, drawn(args.size, 1, args.frames), **options))
+
+
+BUILDERS["long"] = build_long
+
+
+def long_command(args: argparse.Namespace) -> dict:
+    """One long tracklet by embed_tracklets: time against mean pooling, and memory beside model and frames."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.names:
+        print(f"time: {args.frames} frames, {name}", file=sys.stderr, flush=True)
+        works = {"ours": build_long("long", name, args), "mean": build_long("long", "mean", args)}
+        rows.append(row_of(name, milliseconds(works, False, args), frames=args.frames))
+    if args.memory:
+        peaks = peak_memory([("long", name, args) for name in args.names], {"run": False})
+        for row, peak in zip(rows, peaks, strict=True):
+            row["peak_mb"] = {"ours": peak["run"]}
+    result = result_of("long", args, rows)
+    print(f"{heading(result)}; {args.frames} frames {args.size}, {args.backbone}")
+    lines = [["", "s", "of mean pooling, s", "memory, MB"]]
+    for row in rows:
+        seconds = [f"{row['ms'][form] / 1000:.2f}" for form in ("ours", "mean")]
+        peak = row.get("peak_mb", {}).get("ours")
+        lines.append([row["name"], *seconds, "-" if peak is None else f"{peak:.0f}"])
+    print(common.layout(lines))
+    return result

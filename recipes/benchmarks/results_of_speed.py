@@ -36,14 +36,19 @@ def read(file: Path) -> dict[str, dict]:
     return parts
 
 
-def timings(part: str, result: dict) -> list[tuple[str, dict[str, list[float]]]]:
-    """All times by form, under a name that says what was measured."""
+def measured(part: str, result: dict) -> list[tuple[str, dict]]:
+    """All that was measured at once, under a name that says what it is."""
     found = []
     for row in result["rows"]:
         size = f", {row['queries']} x {row['gallery']}" if "queries" in row else ""
         modes = {"": row} if "all_ms" in row else {f", {key}": of for key, of in row.items() if isinstance(of, dict)}
-        found += [(f"{part}: {row['name']}{size}{mode}", of["all_ms"]) for mode, of in modes.items() if "all_ms" in of]
+        found += [(f"{part}: {row['name']}{size}{mode}", of) for mode, of in modes.items() if "all_ms" in of]
     return found
+
+
+def timings(part: str, result: dict) -> list[tuple[str, dict[str, list[float]]]]:
+    """All times by form, under a name that says what was measured."""
+    return [(name, of["all_ms"]) for name, of in measured(part, result)]
 
 
 def relative(times: dict[str, list[float]]) -> tuple[str, list[float]]:
@@ -88,6 +93,7 @@ def table(rows: list[tuple[str, str, float, float, bool]]) -> str:
 TITLES = {
     "embed": "Embedding: `embed_tracklets` against the bare backbone, frames a second",
     "train": "Training: a step of `recipes/train.py` against a bare loop, milliseconds",
+    "long": "One long tracklet: `embed_tracklets` against mean pooling, milliseconds; memory beside model and frames",
     "aggregators": "Aggregators against mean pooling and the papers' formulas taken literally, milliseconds",
     "retrieval": "Distances, evaluation, re-ranking against plain numpy, milliseconds",
     "search": "Search against the matrix product alone, milliseconds",
@@ -121,10 +127,12 @@ python recipes/benchmarks/speed.py compare recipes/benchmarks/results/speed.json
 
 
 def markdown(part: str, result: dict) -> str:
-    rows, settings = timings(part, result), result["settings"]
-    forms = list(dict.fromkeys(form for _, times in rows for form in times))
-    lines = [["", *forms, "ours against"]]
-    for name, times in rows:
+    rows, settings = measured(part, result), result["settings"]
+    forms = list(dict.fromkeys(form for _, of in rows for form in of["all_ms"]))
+    memory = [form for form in forms if any(form in of.get("peak_mb", {}) for _, of in rows)]
+    lines = [["", *forms, "ours against", *(f"{form}, MB" for form in memory)]]
+    for name, of in rows:
+        times = of["all_ms"]
         median = {form: statistics.median(values) for form, values in times.items()}
         frames = settings["tracklets"] * settings["frames"] if part == "embed" else 0
         cells = [
@@ -134,6 +142,8 @@ def markdown(part: str, result: dict) -> str:
         unit, ours = relative(times)
         ratio = statistics.median(ours)
         how = f"{1 / ratio:.1%} of its speed" if part in ("embed", "train") else f"{ratio:.2f} x"
-        lines.append([name.partition(": ")[2], *cells, f"{unit}: {how}"])
+        peaks = [of.get("peak_mb", {}).get(form) for form in memory]
+        cells += [f"{unit}: {how}", *("" if mb is None else f"{mb:.0f}" for mb in peaks)]
+        lines.append([name.partition(": ")[2], *cells])
     body = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in body)

@@ -9,7 +9,8 @@
     python recipes/benchmarks/speed.py retrieval                                 # at the sizes of MARS and LS-VID
     python recipes/benchmarks/speed.py retrieval --structure random --skip-dense --device cuda
     python recipes/benchmarks/speed.py embed --models resnet50,mobilenetv2_100   # against the bare backbone
-    python recipes/benchmarks/speed.py train --models resnet50 --size 256x128    # against a bare loop
+    python recipes/benchmarks/speed.py train --models resnet50@256x128           # against a bare loop
+    python recipes/benchmarks/speed.py long --names gltr,robust --frames 20000   # one tracklet, time and memory
     python recipes/benchmarks/speed.py search --sizes 1000x200000 --dims 512     # against the matrix product
     python recipes/benchmarks/speed.py all --out mine.json                       # each of them, in one file
     python recipes/benchmarks/speed.py compare old.json new.json                 # what became slower; exit code 1 then
@@ -33,7 +34,8 @@ mAP is near 75%); or without any structure, where rankings have hubs, items that
 
 embed: whole tracklets in memory, against the backbone on frames that are normalised already, its weights in the memory
 format that suits it. train: steps of train.py without checkpoints, loader and all, against forward, backward and step
-on batches that are there. search: the k nearest by cosine, against the product of both matrices.
+on batches that are there. long: one tracklet, against mean pooling; its memory is what comes on top of model and
+frames. search: the k nearest by cosine, against the product of both matrices.
 
 compare takes ratios where a run has them, so that files of two machines can be compared; the noise is that of the runs.
 
@@ -53,7 +55,7 @@ import common
 import results_of_speed
 import torch
 from measuring import peak_command
-from of_loops import embed_command, train_command
+from of_loops import embed_command, long_command, train_command
 from of_models import aggregators_command
 from of_retrieval import retrieval_command, search_command
 
@@ -113,10 +115,12 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
             args.sizes = [(int(q), int(g)) for q, g in (size.lower().split("x") for size in args.sizes.split(","))]
         except ValueError:
             ranked.error(f"--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got {args.sizes!r}")
-    if "models" in args:
-        args.models = [name for name in args.models.split(",") if name]
+    if "models" in args or command is long_command:
+        listed = "models" if "models" in args else "names"
+        setattr(args, listed, [name for name in getattr(args, listed).split(",") if name])
         try:
-            common.image_size(args.size)
+            for size in [args.size, *(model.split("@")[1] for model in getattr(args, listed) if "@" in model)]:
+                common.image_size(size)
         except ValueError as error:
             parser.error(str(error))
     if command is aggregators_command:
@@ -151,10 +155,11 @@ def add_others(commands) -> None:
     kind = argparse.ArgumentDefaultsHelpFormatter
     for name, command, models, frames, size in (
         ("embed", embed_command, "resnet50,mobilenetv2_100,vit_small_patch16_224", 16, "256x128"),
-        ("train", train_command, "resnet10t", 4, "128x64"),
+        ("train", train_command, "resnet10t@128x64,resnet50@256x128", 4, "128x64"),
     ):
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__, formatter_class=kind)
-        sub.add_argument("--models", default=models, help="timm models, by comma")
+        sizes = "" if name == "embed" else ", each with its size if it has one of its own (resnet50@256x128)"
+        sub.add_argument("--models", default=models, help=f"timm models, by comma{sizes}")
         sub.add_argument("--size", default=size, help="height x width of a frame in pixels")
         sub.add_argument("--frames", type=int, default=frames, help="of a tracklet, of a clip")
         if name == "embed":
@@ -167,6 +172,14 @@ def add_others(commands) -> None:
             sub.add_argument("--workers", type=int, default=1, help="loader processes")
         add_common(sub, repeats=5)
         sub.set_defaults(command=command, dtype="float32")
+    sub = commands.add_parser("long", help=long_command.__doc__, description=long_command.__doc__, formatter_class=kind)
+    sub.add_argument("--names", default="attention,nan,robust,gltr,grl,loga", help="aggregators, by comma")
+    sub.add_argument("--frames", type=int, default=20_000, help="of the tracklet")
+    sub.add_argument("--size", default="32x16", help="height x width of a frame in pixels")
+    sub.add_argument("--backbone", default="resnet50", help="a timm model")
+    sub.add_argument("--frames-per-batch", type=int, default=256, help="in one pass of the backbone")
+    add_common(sub, repeats=1)
+    sub.set_defaults(command=long_command, dtype="float32")
     sub = commands.add_parser(
         "search", help=search_command.__doc__, description=search_command.__doc__, formatter_class=kind
     )
@@ -202,6 +215,7 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
 PARTS: dict[str, list[str]] = {  # what "all" measures, and (after --) what in little
     "embed": ["--", "--models", "resnet10t", "--size", "64x32", "--tracklets", "4", "--repeats", "2"],
     "train": ["--", "--models", "resnet10t", "--size", "64x32", "--repeats", "2"],
+    "long": ["--", "--names", "mean", "--frames", "50", "--backbone", "resnet10t", "--no-memory"],
     "aggregators": [
         *("--batch", "4", "--", "--channels", "64", "--height", "4", "--width", "2", "--size", "64x32"),
         *("--backbone", "none", "--repeats", "2", "--no-memory"),

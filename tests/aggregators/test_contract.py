@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from helpers import moved
 from versions import needs_exporter, needs_torch
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
@@ -29,18 +30,7 @@ def create(name):
 
 def build(name):
     torch.manual_seed(0)
-    aggregator = create(name)
-    # Leave the initial values: zero weights and unit norms would hide faults.
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in aggregator.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-        for key, b in aggregator.named_buffers():
-            if key.endswith("running_mean"):
-                b += 0.1 * torch.randn(b.shape, generator=generator)
-            elif key.endswith("running_var"):
-                b *= 1 + torch.rand(b.shape, generator=generator)
-    return aggregator.eval()
+    return moved(create(name)).eval()
 
 
 def lengths(aggregator):

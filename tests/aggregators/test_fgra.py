@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from helpers import moved
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,17 +27,6 @@ TABLE_2 = {
 
 def same(got, want, **kwargs):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, **kwargs)
-
-
-def leave_initial_values(module):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for name, b in module.named_buffers():
-            if not name.endswith("num_batches_tracked"):
-                b += torch.rand(b.shape, generator=generator, dtype=b.dtype)
-    return module
 
 
 def random_maps(*shape, seed=0):
@@ -76,7 +66,7 @@ def real(x, mask):
 def test_gam_is_the_literal_form(train, masked):
     mask = MASK if masked else None
     all_real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
-    gam = leave_initial_values(GAM(C).double()).train(train)
+    gam = moved(GAM(C).double(), 0.3).train(train)
     norm = as_batch_norm(gam.norm, nn.BatchNorm2d)
     for step in range(2):  # the second with the running statistics of the first
         maps, templates = random_maps(B, T, C, 4, W, seed=step), random_maps(B, N, C, seed=10 + step)
@@ -142,7 +132,7 @@ def test_gam_memory_does_not_grow_with_the_regions(train):
 
 
 def test_gam_half_precision():
-    gam = leave_initial_values(GAM(C)).train()
+    gam = moved(GAM(C), 0.3).train()
     maps, templates = random_maps(B, T, C, H, W).detach().float(), random_maps(B, N, C).detach().float()
     maps, templates = maps.bfloat16(), templates.bfloat16()
     want_regions, want_scores = copy.deepcopy(gam)(maps.float(), templates.float(), MASK)
@@ -221,7 +211,7 @@ def literal_fgra(model, features, mask):
 @pytest.mark.parametrize("row", TABLE_2)
 def test_fgra_is_the_literal_form(row, train):
     model = FGRA(C, num_regions=N, reduced_features=5, **TABLE_2[row])
-    model = leave_initial_values(model.double()).train(train)
+    model = moved(model.double(), 0.3).train(train)
     vectors = {1: N, 2: 1, 3: 1 + N, 4: 1 + N, 5: 1 + N, 6: 1 + N, 8: 2, 9: 2}[row]
     assert model.num_features == 5 * vectors
     features = random_maps(B, T, C, H, W)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import gradients, randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,24 +17,8 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 1, 
 exact = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def randomize(module, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(0.5 * torch.randn(p.shape, generator=g, dtype=torch.float64) + 0.1)
-        for key, b in module.named_buffers():
-            if b.is_floating_point():
-                b.copy_(torch.rand(b.shape, generator=g, dtype=torch.float64) + 0.5 * key.endswith("var"))
-    return module
-
-
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
-
-
-def gradients(output, tensors):
-    weight = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view_as(output)
-    return torch.autograd.grad((output * weight).square().sum(), tensors, retain_graph=True)
 
 
 def literal_dtp(dtp, clip):

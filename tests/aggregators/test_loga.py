@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import gradients, randomize
 from torch import nn
 
 from temporal_agg import create_aggregator
@@ -15,26 +16,10 @@ MASK = torch.tensor([[True, True, True, True], [False, True, False, True], [True
 exact = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def randomize(module, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(0.5 * torch.randn(p.shape, generator=g, dtype=torch.float64) + 0.2)
-        for key, b in module.named_buffers():
-            if b.is_floating_point():
-                b.copy_(torch.rand(b.shape, generator=g, dtype=torch.float64) + 0.5 * key.endswith("var"))
-    return module
-
-
 def clips(seed=0, frame=(H, W)):
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(B, T, D, 3, 2, generator=g, dtype=torch.float64)
     return features, torch.randn(B, T, 3, *frame, generator=g, dtype=torch.float64)
-
-
-def gradients(output, tensors):
-    weight = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view_as(output)
-    return torch.autograd.grad((output * weight).square().sum(), tensors)
 
 
 def softmax_over(values, real):

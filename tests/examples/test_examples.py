@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Colours
 from torch import nn
 
 from temporal_agg import FrameEncoder, TrackletModel, create_aggregator, create_model, data
@@ -116,25 +117,6 @@ def test_fastreid(example):
         maps = torch.stack([model.backbone((clip[:3] - mean) / std) for clip in clips])
         expected = model.heads.bottleneck(model.heads.pool_layer.aggregator(maps)[..., None, None])[..., 0, 0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-class Colours(nn.Module):
-    """The colours of a frame, on a grid, for its features."""
-
-    num_features = 3
-    data_config = {  # noqa: RUF012
-        "input_size": (3, 16, 8),
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-        "interpolation": "bilinear",
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, frames, flow=None):
-        return self.scale * nn.functional.avg_pool2d(frames, 4)
 
 
 @pytest.mark.parametrize("reid", [True, False])

@@ -6,33 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Colours
 from test_inference import embed
-from torch import nn
 
 from temporal_agg import Tracklet, TrackletModel, create_aggregator
 from temporal_agg.aggregators import ClipConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
-
-
-class Colours(nn.Module):
-    """The colours of a frame, on a grid, for its features."""
-
-    num_features = 3
-    data_config = {  # noqa: RUF012
-        "input_size": (3, 16, 8),
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-        "interpolation": "bilinear",
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, frames, flow=None):
-        return self.scale * nn.functional.avg_pool2d(frames, 4)
 
 
 def model():
