@@ -23,7 +23,7 @@ from ._version import __version__
 from .data import Tracklet
 from .data.flow import flow_file
 from .data.readers import IMAGE_SUFFIXES, NOT_DATA, frame_order, is_image
-from .inference import _bar, embed_tracklets
+from .inference import embed_tracklets, frames_bar
 from .models import TrackletModel, create_model
 from .retrieval.store import Embeddings
 
@@ -311,7 +311,7 @@ class Job(NamedTuple):
 
     def embed(self, which: Sequence[int], finished: Finished, frames_per_batch: int) -> None:
         """Embeds some of the tracklets, and keeps what is finished every few seconds."""
-        with _bar(sum(len(self.tracklets[i]) for i in which), True) as bar:
+        with frames_bar(sum(len(self.tracklets[i]) for i in which), True) as bar:
             budget, done = frames_per_batch, 0  # frames between two times of saving
             while done < len(which):
                 group: list[int] = []

@@ -109,7 +109,7 @@ def embed_tracklets(
     runner.to(device)
     reader = _Reader(tracklets, plan, runner, min(8, allowed_cores()) if num_workers is None else num_workers)
     start = time.perf_counter()
-    with runner.running(), _bar(len(plan.frames), progress) as bar, closing(reader.batches(bar)) as batches:
+    with runner.running(), frames_bar(len(plan.frames), progress) as bar, closing(reader.batches(bar)) as batches:
         out = _embed(model, plan, _Features(runner, batches), frames_per_batch, reject_outliers)
     seconds = time.perf_counter() - start
     _logger.log(
@@ -471,7 +471,7 @@ def _join(batches: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(batches)) if len(batches) > 1 else batches[0]
 
 
-def _bar(total: int, progress: bool) -> Any:
+def frames_bar(total: int, progress: bool) -> Any:
     if progress:
         try:
             from tqdm import tqdm

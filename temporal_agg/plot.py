@@ -148,7 +148,7 @@ def embedding_map(
     axes = figure.subplots()
     for i, pid in enumerate(np.unique(ids[ids >= 0])):
         across, up = points[ids == pid].T
-        axes.scatter(across, up, s=24, color=f"C{i % 10}", marker="os^Dv*PX<>"[i // 10 % 10], label=pid)
+        axes.scatter(across, up, s=24, color=f"C{i % 10}", marker="os^Dv*P"[i % 7], label=pid)
     if (ids < 0).any():
         across, up = points[ids < 0].T
         axes.scatter(across, up, s=12, color="0.7", marker=".", label="junk", zorder=0)

@@ -255,7 +255,7 @@ class TRL(nn.Module):
         G = len(self.directions)
         if mask is None:
             mask = masked.all_real(high)
-        visits = self._visits(mask)
+        visits = self.visits(mask)
         rows = (visits + T * torch.arange(B, device=high.device)[:, None, None]).transpose(0, 1)
         has_frame = torch.arange(T, device=high.device)[:, None] < mask.sum(1)
         all_high, all_low = high.flatten(0, 1), low.flatten(0, 1)
@@ -281,7 +281,7 @@ class TRL(nn.Module):
             return enhanced.view(B, T, G, C).sum(2), last.view(B, G, C).sum(1)
         return self.join_high(enhanced), self.join_low(last)  # Eqs. 9, 10
 
-    def _visits(self, mask: Tensor) -> Tensor:
+    def visits(self, mask: Tensor) -> Tensor:
         """``[B, T, G]``: the frame that each direction visits at each step; padding comes last."""
         order = masked.order(mask)
         step = torch.arange(mask.shape[1], device=mask.device)
@@ -294,7 +294,7 @@ class TRL(nn.Module):
 
 
 class GRLCriterion(Criterion):
-    """GRL (CVPR 2021, Eqs. 12-14): OIM on frames, OIM on the memory feature, 20 x verification on the pooled feature.
+    """GRL (CVPR 2021, Eqs. 11-14): OIM on frames, OIM on the memory feature, 20 x verification on the pooled feature.
 
     The paper gives no weights; these are the released code's.
 
@@ -431,7 +431,7 @@ class GRL(Aggregator):
         if self.trl.emu.res is None:
             return {}
         low = features * (1 - details.maps["correlation"][:, :, None])
-        visits = self.trl._visits(mask)  # [B, T, G]
+        visits = self.trl.visits(mask)  # [B, T, G]
         B, _, G = visits.shape
         memory, steps = masked.mean(low, mask).repeat(1, G, 1, 1), []
         for step, visit in enumerate(visits.unbind(1)):
