@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
+from .data.tracklet import check_tracklets
 from .models.inputs import fastest_memory_format
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def embed_tracklets(
         float32 ``[N, D]`` on the CPU, in the order of the tracklets.
 
     Raises:
-        TypeError: no :class:`TrackletModel`.
+        TypeError: no :class:`TrackletModel`, or no list of tracklets.
         ValueError: no tracklet, a tracklet without a frame, ``frames_per_batch`` below 1, ``num_workers`` below 0, or
             an unknown precision.
         FlowError: a tracklet without optical flow, and an encoder that takes it.
@@ -96,6 +97,7 @@ def embed_tracklets(
         >>> embed_tracklets(model, people.query, progress=False).shape
         torch.Size([4, 512])
     """
+    check_tracklets(tracklets)
     if not len(tracklets):
         raise ValueError("tracklets is empty: there is nothing to embed.")
     if num_workers is not None and num_workers < 0:

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from .samplers import Draw
 from .sampling import CPU, FILLS, TRAIN_POLICIES, sample_frames, seeded_generator
-from .tracklet import Tracklet, check_flow
+from .tracklet import Tracklet, check_flow, check_tracklets
 
 __all__ = ["ClipDataset", "collate_clips"]
 
@@ -62,6 +62,7 @@ class ClipDataset(Dataset):
         seed: int = 0,
         flow: bool = False,
     ):
+        check_tracklets(tracklets)
         junk = [t for t in tracklets if t.pid < 0]
         if junk:
             raise ValueError(

@@ -316,6 +316,20 @@ class TrackletData:
         return self
 
 
+def check_tracklets(tracklets: Any) -> None:
+    """Raises a TypeError unless these are several tracklets, each of which can load its frames."""
+    wanted = "tracklets must be a list of tracklets"
+    if hasattr(tracklets, "load"):
+        raise TypeError(f"{wanted}, got a single {type(tracklets).__name__}: write [tracklet].")
+    if isinstance(tracklets, TrackletData):
+        raise TypeError(f"{wanted}, got {tracklets}: take its train, query or gallery.")
+    if not hasattr(tracklets, "__len__"):
+        raise TypeError(f"{wanted}, got {type(tracklets).__name__}.")
+    for i, tracklet in enumerate(tracklets):
+        if not hasattr(tracklet, "load"):
+            raise TypeError(f"{wanted}, but tracklets[{i}] is {tracklet!r:.80}: write Tracklet(frames, pid, camera).")
+
+
 def check_flow(tracklets: Iterable[Tracklet]) -> None:
     """Raises unless every tracklet has optical flow for its frames; reads none of it.
 

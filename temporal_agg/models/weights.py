@@ -117,6 +117,7 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: no path.
         ValueError: another kind of file; weights that are not finite numbers; strict: keys, shapes or kinds of numbers
             that are not the model's (the message names them); else: a file of which nothing fits, or of which two
             networks fit alike.
@@ -147,6 +148,11 @@ def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
 def _load(
     model: nn.Module, path: str | os.PathLike, strict: bool, prefix: str | None, at_least: float = 0.0
 ) -> LoadReport:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"path must be that of a file of weights, got {type(path).__name__}: a state dict of your own goes into "
+            "model.load_state_dict, or through torch.save into a file."
+        )
     path = path_of(path)
     if path.is_dir():
         path = path / WEIGHTS

@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from temporal_agg import embed_tracklets
 from temporal_agg.data import (
+    ClipDataset,
     ImageError,
     Tracklet,
     TrackletData,
@@ -84,6 +86,21 @@ def test_a_tracklet_has_frames():
 
 def tracklets(*pairs):
     return [Tracklet([f"{pid}_{camera}.jpg"], pid, camera) for pid, camera in pairs]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (tracklets((3, 1))[0], r"got a single Tracklet: write \[tracklet\]"),
+        (TrackletData(tracklets((3, 1)), [], [], "d"), r"got TrackletData\('d', train=1.*: take its train, query or"),
+        (iter(tracklets((3, 1))), "got list_iterator"),
+        ([*tracklets((3, 1)), "a.jpg"], r"tracklets\[1\] is 'a.jpg': write Tracklet\(frames, pid, camera\)"),
+    ],
+)
+def test_what_is_no_list_of_tracklets_is_named(given, message):
+    for call in (lambda: embed_tracklets(None, given), lambda: ClipDataset(given, {3: 0}, None)):
+        with pytest.raises(TypeError, match=f"tracklets must be a list of tracklets.*{message}"):
+            call()
 
 
 def test_label_map_numbers_the_training_identities():

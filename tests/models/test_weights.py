@@ -264,6 +264,11 @@ def test_hostile_files_end_at_once(tmp_path):
     assert torch._weights_only_unpickler._get_allowed_globals()["_codecs.encode"] is _codecs.encode
 
 
+def test_a_state_dict_is_no_path(model):
+    with pytest.raises(TypeError, match="got OrderedDict: a state dict of your own goes into model.load_state_dict"):
+        load_weights(model, model.state_dict())
+
+
 def test_what_is_refused_is_named(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth holds more than tensors \(argparse\.Namespace\)"):
