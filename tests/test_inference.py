@@ -359,7 +359,7 @@ def test_errors_name_the_tracklet():
     model = build(clip=ClipConfig(4))
     with pytest.raises(ValueError, match="nothing to embed"):
         embed(model, [])
-    empty = type("Empty", (), {"name": "camera2/0007", "__len__": lambda self: 0})()
+    empty = type("Empty", (), {"name": "camera2/0007", "__len__": lambda self: 0, "load": None})()
     with pytest.raises(ValueError, match=r"tracklets\[2\] \('camera2/0007'\) has no frame"):
         embed(model, [*tracklets((5, 2)), empty])
     with pytest.raises(ValueError, match="frames_per_batch must be at least 1, got 0"):
