@@ -102,10 +102,10 @@ def draw_results(demonstration: TrackletModel, people: data.TrackletData) -> Non
         metrics = retrieval.evaluate_tracklets(distances, *sides)
         curves[f"{label}: mAP {100 * metrics.map:.1f}"] = metrics.cmc
         if model is demonstration:
-            ranked = plot.ranked_lists(
-                distances, people.query, people.gallery, [0, 5, 9], query_index=people.query_index, ranks=6
-            )
-            save(ranked, "ranked_lists")
+            rows = [0, 5, 9]
+            titles = [f"person {people.query[row].pid}, camera {people.query[row].camera}" for row in rows]
+            options = {"query_index": people.query_index, "ranks": 6, "titles": titles}
+            save(plot.ranked_lists(distances, *sides, rows, **options), "ranked_lists")
             save(plot.embedding_map(gallery[:20], [t.pid for t in people.gallery[:20]]), "embedding_map")
     save(plot.cmc(curves), "cmc")
 
