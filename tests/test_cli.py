@@ -107,6 +107,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys):
     command = ["embed", str(folder), "-o", str(tmp_path / "out.npz"), "--model", str(models / "first")]
     command += ["--frames-per-batch", "4"]

@@ -171,14 +171,17 @@ def test_embed_append(folder, tmp_path, out, gallery):
     assert read_embeddings(out / "a.npz").names == [*NAMES, "0007/1_a", "0007/2_a"]
 
 
+@pytest.mark.slow
 def test_search(tmp_path, out, gallery):
     check(out, command("search", gallery, gallery, "-o", out / "found.csv", "--format", "csv"), tmp_path, ["found.csv"])
 
 
+@pytest.mark.slow
 def test_merge(tmp_path, out, gallery):
     check(out, command("merge", gallery, "-o", out / "all.npz"), tmp_path, ["all.npz"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(retrieval, "link"), reason="retrieval.link is not there")
 def test_link(folder, tmp_path, out, gallery):
     words = ["link", gallery, "-o", out / "a.csv", "--sheet", out / "a.html", "--folder", folder]

@@ -81,6 +81,7 @@ def named(name):
     return found
 
 
+@pytest.mark.slow
 def test_every_public_name_is_documented_once(documented):
     counts, names = documented
     assert [name for name in temporal_agg.__all__ if f"temporal_agg.{name}" not in names] == []
@@ -110,6 +111,7 @@ def empty_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thing", MET_FIRST, ids=lambda thing: thing.__name__)
 def test_examples_in_docstrings_run(thing, empty_folder):
     test = doctest.DocTestParser().get_doctest(thing.__doc__, {}, thing.__name__, None, 0)
@@ -149,6 +151,7 @@ def run_command(words, only_parse=False):
         print(f"parsed, not run (it installs, tests, measures or wants several processes): {' '.join(words)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_run(page, page_runner):
     page_runner(page)

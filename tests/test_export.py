@@ -67,6 +67,7 @@ def close(got, want):
 QUICK = ("mean", "gem")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in list_aggregators()]
 )
@@ -114,6 +115,7 @@ def gltr():
     return moved(create_model("gltr_resnet10t", img_size=(64, 32), clip=ClipConfig(length=5, distance="dot")))
 
 
+@pytest.mark.slow
 def test_a_whole_model(gltr, tmp_path):
     path = tmp_path / "model.onnx"
     gltr.train()
@@ -152,6 +154,7 @@ def test_a_whole_model(gltr, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_optical_flow_is_an_input(tmp_path):
     model = moved(create_model("star_resnet10t", img_size=(32, 16), hidden_features=8, clip=ClipConfig(length=2)))
     path = tmp_path / "star.onnx"
@@ -272,6 +275,7 @@ class Attention(nn.Module):
         return x.transpose(1, 2).reshape(self.count(frames), 8, 4).mT.unflatten(2, (4, 2))
 
 
+@pytest.mark.slow
 def test_a_model_built_by_hand(tmp_path):
     model, path = TrackletModel(Attention(), create_aggregator("mean", 4)), tmp_path / "a.onnx"
     export_onnx(model, path)
@@ -302,6 +306,7 @@ def test_fused_attention_is_switched_off(tmp_path):
     close(run(path, clips=clips, mask=mask), model(clips, mask))
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Attention, "count", lambda self, frames: len(frames))  # torch takes that for a constant
     model = TrackletModel(Attention(), create_aggregator("mean", 4))

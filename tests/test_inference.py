@@ -401,6 +401,7 @@ def test_reading_ahead_is_bounded(whole_batches):
     assert sorted(item.read) == list(range(400))
 
 
+@pytest.mark.slow
 def test_no_process_is_started_and_no_start_method_is_chosen():
     code = """
 import multiprocessing, os

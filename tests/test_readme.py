@@ -15,6 +15,7 @@ SHELL = [code for language, code in documents.blocks(ROOT / "README.md") if lang
 COMMANDS = [words for code in SHELL for words in documents.commands(code)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files

@@ -93,6 +93,7 @@ def test_the_import_scan_sees_every_form(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_importing_does_nothing_and_needs_no_extra():
     heavy = ["accelerate", "h5py", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorboard"]
     heavy += ["pyarrow", "tqdm", "yaml"]

@@ -165,7 +165,7 @@ def add_others(commands) -> None:
         if name == "embed":
             sub.add_argument("--tracklets", type=int, default=16, help="how many")
             sub.add_argument("--frames-per-batch", type=int, default=64, help="in one pass of the backbone")
-            sub.add_argument("--half", default="bfloat16", help="a precision to time too; empty for none")
+            sub.add_argument("--half", default=fast_half(), help="a precision to time too; empty for none")
         else:
             sub.add_argument("--identities", type=int, default=8, help="in a batch, two clips each")
             sub.add_argument("--steps", type=int, default=4, help="of an epoch, which is one timed run")
@@ -201,6 +201,12 @@ def add_others(commands) -> None:
     sub.add_argument("--results", type=Path, default=results_of_speed.RESULTS, help="the file")
     sub.add_argument("--out", type=Path, default=results_of_speed.PAGE, help="the page")
     sub.set_defaults(command=page_command)
+
+
+def fast_half() -> str:
+    """bfloat16 where the processor computes in it; elsewhere it takes many times as long as float32."""
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return "bfloat16" if torch.cuda.is_available() or any(test and test() for test in tests) else ""
 
 
 def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:

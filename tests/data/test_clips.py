@@ -116,6 +116,7 @@ def plain_epochs(workers, epochs=3, persistent=False, **kwargs):
     return [{int(batch["index"]): batch["clip"] for batch in loader} for _ in range(epochs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_plain_indices_draw_anew_and_again_after_manual_seed(workers, persistent):
     torch.manual_seed(5)

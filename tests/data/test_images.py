@@ -141,6 +141,7 @@ def test_no_program_is_started(tmp_path, monkeypatch):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_devices_and_folders_are_never_opened(tmp_path):
     os.mkfifo(tmp_path / "1.jpg")

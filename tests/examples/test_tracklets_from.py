@@ -239,6 +239,7 @@ def test_mot_a_sequence_twice_would_double_its_people(sequence, tmp_path, monkey
         load("tracklets_from_mot", monkeypatch)([str(sequence), str(tmp_path / "link"), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_mot_a_full_disk_leaves_no_half_frame(sequence, tmp_path):
     """Pillow takes no notice when the system writes a part of a frame only; then it would stay for ever."""
     resource = pytest.importorskip("resource", reason="this system bounds no files")

@@ -11,6 +11,7 @@ from temporal_agg import data, retrieval
 (DIRECTORY,) = [path.parent for path in (Path(__file__).parents[2] / "hub").glob("*/model.safetensors")]
 
 
+@pytest.mark.slow
 def test_demonstration_weights_give_their_metrics():
     model = temporal_agg.create_model(f"local-dir:{DIRECTORY}")
     settings = json.loads((DIRECTORY / "settings.json").read_text())["settings"]

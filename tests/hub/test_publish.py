@@ -220,6 +220,7 @@ def test_every_system_has_its_card(publish, run, tmp_path, name):
     assert "worth nothing" not in card
 
 
+@pytest.mark.slow
 def test_a_published_run_gives_its_metrics_in_a_fresh_process(hub_client, hub_server, tmp_path, run, own_manifest):
     argv = [str(run), "--repo", "me/published", "--manifest", str(own_manifest), "--out", str(tmp_path / "release")]
     known = {"script": str(ROOT / "hub" / "publish.py"), "path": str(own_manifest), "argv": argv}

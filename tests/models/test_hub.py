@@ -428,6 +428,7 @@ def with_manifest(client, tmp_path):
     client.run(use, path=packaged)
 
 
+@pytest.mark.slow
 def test_pushed_models_load_by_every_scheme(client, hub_server, tmp_path):
     first = client.run("one = build(1); result = one.push_to_hub('me/model')")
     second = client.run("two = build(2); result = two.push_to_hub('me/model', commit_message='better')")
@@ -545,6 +546,7 @@ def test_planned_weights_are_asked_for_nowhere(client, hub_server, with_manifest
     assert client.run("result = same(create_model('hf-hub:me/planned'), build(9))")
 
 
+@pytest.mark.slow
 def test_offline_there_is_what_was_loaded_before(client, hub_server, hub_home, tmp_path):
     commit = client.run("result = build(10).push_to_hub('me/warm')")
     client.run("create_model('hf-hub:me/warm')")

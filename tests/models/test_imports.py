@@ -19,6 +19,7 @@ def run(blocked, code):
     return subprocess.run([sys.executable, "-c", BLOCK.format(blocked=blocked) + code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocked", [("timm",), ("huggingface_hub",)], ids=lambda names: names[0])
 def test_aggregators_criteria_and_models_of_ones_own_need_neither_timm_nor_the_hub(blocked):
     done = run(
@@ -39,11 +40,13 @@ for name in temporal_agg.list_aggregators("[!l]*"):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_timm_a_model_says_what_to_install():
     done = run(("timm",), "import temporal_agg; temporal_agg.create_model('mean_resnet18')")
     assert "ImportError: models need timm (pip install 'timm>=1.0.8')" in done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_neither():
     code = "import sys, temporal_agg; assert not {'timm', 'huggingface_hub'} & set(sys.modules), 'loaded'"
     done = run((), code)

@@ -102,6 +102,7 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     assert not other.training
 
 
+@pytest.mark.slow
 @needs_exporter
 def test_mean_compiles_and_exports():
     model = build("mean").eval()

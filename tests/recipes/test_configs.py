@@ -72,6 +72,7 @@ def test_a_file_of_ones_own_may_say_something_of_one_data_set(recipe, tmp_path):
     assert got("--data", "prid-2011:x", "--split", "3") == (0.5, 50, "3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", REPORTED)
 def test_every_model_and_criterion_builds_at_its_real_size(merged, system):
     for settings in stages(merged(system)):

@@ -73,6 +73,7 @@ def test_queries_without_a_match_are_reported(recipe, run, mars, tmp_path, capsy
     assert "1 of 2 queries have no match; they are left out of the means." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_embeddings_are_used_again_only_for_the_same_model_frames_and_settings(recipe, run, mars, tmp_path, capsys):
     def again(*argv):
         evaluate(recipe, run, "--no-figures", *argv)
@@ -148,6 +149,7 @@ def test_tensors_on_disk_are_checked(recipe, tmp_path):
         common.read_tensors(file)
 
 
+@pytest.mark.slow
 def test_several_splits_are_a_mean_and_a_deviation(recipe, tmp_path, capsys):
     root = make_prid2011(tmp_path / "data", people=4, frames=22)
     options = ["--data", f"prid-2011:{root}", "--split", "all", "--device", "cpu", "--out", str(tmp_path / "runs")]

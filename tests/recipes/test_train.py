@@ -36,6 +36,7 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
     argv = [*MINIATURE, "--model", "mean_resnet10t,attention_resnet10t", "--epochs", "2", "--out", str(tmp_path)]
     results = recipe("train").main(argv)
@@ -67,6 +68,7 @@ def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
         assert settings["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_the_saved_model_reproduces_the_recorded_metrics(recipe, tmp_path):
     train = recipe("train")
     metrics = train.main(
@@ -100,6 +102,7 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_own_folder_with_identity_splits(recipe, folder, tmp_path):
     argv = [*MINIATURE[4:], "--data", f"folder:{folder}", "--identity-splits", "2", "--model", "mean_resnet10t"]
     results = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs")])["mean_resnet10t"]
@@ -112,6 +115,7 @@ def test_own_folder_with_identity_splits(recipe, folder, tmp_path):
     assert again["mean_resnet10t"] == results[1:]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(recipe, tmp_path, capsys):
     argv = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     first = recipe("train").main(argv)
@@ -204,6 +208,7 @@ def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values())  # BatchNorm's statistics, too
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(recipe, tmp_path):
     options = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--epochs", "3", "--out", str(tmp_path)]
     options += ["--save-every", "2", "--keep", "9"]
@@ -218,6 +223,7 @@ def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(recipe, tmp_path):
     equal_runs(tmp_path / "whole", killed)
 
 
+@pytest.mark.slow
 def test_the_log_has_the_line_that_was_lost_between_checkpoint_and_log(recipe, tmp_path):
     options = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "2", "--name", "one", "--out", str(tmp_path)]
     recipe("train").main(options)
@@ -261,6 +267,7 @@ def test_a_damaged_file_of_a_run_is_named(recipe, tmp_path, name, content):
         reader(tmp_path / "one" / name) if reader else train.main(options)
 
 
+@pytest.mark.slow
 def test_a_command_waits_for_another_one_in_its_directory(recipe, tmp_path, capsys):
     from temporal_agg.files import locked
 
@@ -294,6 +301,7 @@ def test_a_killed_loader_process_ends_with_one_line(recipe):
             raise RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
 
 
+@pytest.mark.slow
 def test_other_tracklets_are_another_run(recipe, tmp_path):
     options = ["--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     recipe("train").main([*MINIATURE, *options])
@@ -308,6 +316,7 @@ def test_other_tracklets_are_another_run(recipe, tmp_path):
         train.main([*MINIATURE, *options])
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_one_step(recipe, tmp_path):
     """Without BatchNorm and mining, the mean of two batches' gradients is that of one batch of both."""
     options = ["--model", "mean_test_vit", "--criterion", "gltr", "--optimizer", "sgd", "--epochs", "2"]
@@ -325,6 +334,7 @@ def equal_runs(one, two):
         torch.testing.assert_close(models[1][key], value, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_stages_start_from_the_encoder_before(recipe, folder, tmp_path):
     file = tmp_path / "stages.yaml"
     stages = [{"model": "mean_resnet10t", "sampler": "frames", "batch-size": 4, "clip_length": 1, "epochs": 2}, {}]
@@ -373,6 +383,7 @@ def _with_details(forward):
     return lambda features: forward(features, return_details=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     for world in (1, 2):
         torch.multiprocessing.start_processes(
@@ -509,6 +520,7 @@ MINIATURES = {  # a paper's settings on a benchmark in its authors' layout
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("system", "name"), MINIATURES)
 def test_every_paper_trains_end_to_end(recipe, tmp_path, system, name):
     """Its own sampling, batches, optimizer, criterion and stages; a small backbone and small frames."""

@@ -121,6 +121,7 @@ def test_exported_forms_stand_beside_ours(benchmark, capsys):
             np.testing.assert_allclose(work.run(), ours.run(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_table_and_json(benchmark, tmp_path, capsys):
     file = tmp_path / "bench.json"
     argv = ["--names", "mean,loga", "--systems", "star_resnet10t", "--backbone", "resnet10t", "--out", str(file)]
@@ -149,6 +150,7 @@ def test_table_and_json(benchmark, tmp_path, capsys):
     assert len({len(line) for line in lines[5:10]}) == 1  # columns stand below each other
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_the_tensors_take(benchmark):
     """Mean pooling in training makes one map, the gradient; GAM a few for any number of regions; its literal form
     several for each region."""
@@ -233,6 +235,7 @@ def test_retrieval_table_and_json(benchmark, tmp_path, capsys):
     assert set(result["rows"][1]["ms"]) == {"ours", "numpy", "argsort"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is measured on Linux only")
 def test_peak_memory_of_retrieval(benchmark):
     """Distances take their own size; dense re-ranking three N x N matrices of 4 bytes and one of 8."""
