@@ -173,7 +173,7 @@ def add_others(commands) -> None:
         add_common(sub, repeats=5)
         sub.set_defaults(command=command, dtype="float32")
     sub = commands.add_parser("long", help=long_command.__doc__, description=long_command.__doc__, formatter_class=kind)
-    sub.add_argument("--names", default="attention,nan,robust,gltr,grl,loga", help="aggregators, by comma")
+    sub.add_argument("--names", default="mean,nan,robust,gltr", help="aggregators, by comma")
     sub.add_argument("--frames", type=int, default=20_000, help="of the tracklet")
     sub.add_argument("--size", default="32x16", help="height x width of a frame in pixels")
     sub.add_argument("--backbone", default="resnet50", help="a timm model")
@@ -218,24 +218,23 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
             parser.error(f"--out would be written over: {error}")
 
 
-PARTS: dict[str, list[str]] = {  # what "all" measures, and (after --) what in little
-    "embed": ["--", "--models", "resnet10t", "--size", "64x32", "--tracklets", "4", "--repeats", "2"],
-    "train": ["--", "--models", "resnet10t", "--size", "64x32", "--repeats", "2"],
-    "long": ["--", "--names", "mean", "--frames", "50", "--backbone", "resnet10t", "--no-memory"],
-    "aggregators": [
-        *("--batch", "4", "--", "--channels", "64", "--height", "4", "--width", "2", "--size", "64x32"),
-        *("--backbone", "none", "--repeats", "2", "--no-memory"),
-    ],
-    "retrieval": [*("--sizes", "1980x11310", "--repeats", "1", "--", "--sizes", "200x1000", "--no-memory")],
-    "search": ["--", "--sizes", "100x2000", "--repeats", "2"],
+PARTS = {  # what "all" measures, and what of it in little
+    "embed": ("--tracklets 8 --repeats 4", "--models resnet10t --size 64x32 --tracklets 4 --repeats 2"),
+    "train": ("--identities 4 --repeats 3", "--models resnet10t --size 64x32 --repeats 2"),
+    "long": ("", "--names mean --frames 50 --backbone resnet10t --no-memory"),
+    "aggregators": (
+        "--batch 4 --repeats 3",
+        "--channels 64 --height 4 --width 2 --size 64x32 --backbone none --repeats 2 --no-memory",
+    ),
+    "retrieval": ("--sizes 1980x11310 --repeats 1", "--sizes 200x1000 --no-memory"),
+    "search": ("", "--sizes 100x2000 --repeats 2"),
 }
 
 
 def all_command(args: argparse.Namespace) -> dict:
     parts = {}
-    for name, options in PARTS.items():
-        cut = options.index("--")
-        command, own = parse([name, *options[:cut], *(options[cut + 1 :] if args.quick else [])])
+    for name, (options, little) in PARTS.items():
+        command, own = parse([name, *options.split(), *(little.split() if args.quick else [])])
         print(f"\n{name}", flush=True)
         parts[name] = command(own)
     common.write_json(Path(args.out).expanduser(), {"parts": parts})
