@@ -460,6 +460,7 @@ def test_a_full_standard_output_is_one_line(plain, monkeypatch, capsys):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
     embed(output="other.npz")
     settings = {"temporal-agg": "0"}

@@ -95,6 +95,7 @@ def test_no_page_has_the_name_of_one_that_sphinx_makes():
     assert {page.stem for page in DOCS.glob("*.md")}.isdisjoint(("genindex", "py-modindex", "search"))
 
 
+@pytest.mark.slow
 def test_every_registered_class_is_documented(documented):
     """Where the options of create_aggregator and create_criterion are explained."""
     builds = {f"{name} (aggregator)": entry.build for name, entry in registry._REGISTRY.items()}

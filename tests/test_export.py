@@ -99,6 +99,7 @@ def test_every_aggregator(name, tmp_path):
             close(run(path, **inputs), aggregator(**inputs))
 
 
+@pytest.mark.slow
 def test_a_recurrent_file_serves_shorter_clips(tmp_path):
     aggregator, path = build("lstm").eval(), tmp_path / "a.onnx"
     export_onnx(aggregator, path)
@@ -167,6 +168,7 @@ def test_optical_flow_is_an_input(tmp_path):
     close(run(path, clips=clips, flow=flow), want)
 
 
+@pytest.mark.slow
 def test_other_types_devices_and_wrappers_of_a_model(tmp_path):
     aggregator = build("attention").to(torch.float64)
     export_onnx(aggregator, tmp_path / "a.onnx", mask=False)
@@ -197,6 +199,7 @@ def test_what_does_not_export_leaves_the_old_file(tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.onnx", "old")]
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.onnx"
     path.write_text("old")
@@ -298,6 +301,7 @@ class FusedAttention(nn.Module):
         return y[:, 0].flatten(1, 2).mT.unflatten(2, (4, 2))
 
 
+@pytest.mark.slow
 def test_fused_attention_is_switched_off(tmp_path):
     model, path = TrackletModel(FusedAttention(), create_aggregator("mean", 3)), tmp_path / "a.onnx"
     export_onnx(model, path)

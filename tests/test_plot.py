@@ -248,6 +248,7 @@ def test_details_and_padding():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
 
 
+@pytest.mark.slow
 def test_maps_of_any_axes_are_drawn():
     singles = [axes for n in (1, 2) for axes in itertools.combinations(AXES[::-1], n)]
     more = [axes for n in (3, 4) for axes in itertools.combinations(AXES, n)]

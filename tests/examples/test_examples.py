@@ -34,6 +34,7 @@ def people():
     return data.synthetic_data(num_identities=8, num_cameras=2, length=(6, 10), size=(64, 32), faults={})
 
 
+@pytest.mark.slow
 def test_training_loop(example, people, capsys):
     torch.manual_seed(0)
     loop = example("training_loop")
@@ -45,6 +46,7 @@ def test_training_loop(example, people, capsys):
     assert history[-1] < 0.1 * history[0]
 
 
+@pytest.mark.slow
 def test_metric_learning(example, people):
     torch.manual_seed(0)
     history = example("metric_learning").train(people, create_model("mean_resnet10t", img_size=(32, 16)), epochs=5)

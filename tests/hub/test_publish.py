@@ -77,6 +77,7 @@ def own_manifest(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_all_of_the_release(publish, run, capsys):
     weights = publish.main([str(run), "--dry-run"])
     out = run / "release"
@@ -154,6 +155,7 @@ def test_a_place_is_taken_out_where_it_is_one(publish, root):
     assert (got["map"], got["see"]) == (0.5, ["https://a.org/b", "<root>/train/1"])
 
 
+@pytest.mark.slow
 def test_a_release_of_something_else_is_not_written_over(publish, run, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()

@@ -446,6 +446,7 @@ def test_pushed_models_load_by_every_scheme(client, hub_server, tmp_path):
     assert client.run(f"result = same(create_model('local-dir:{directory}'), two)")
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_said(client, hub_server):
     hub_server.add("me/empty", {"README.md": b"x"})
     hub_server.add("me/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"})
@@ -460,6 +461,7 @@ def test_what_is_not_there_is_said(client, hub_server):
         assert kind in caught.value.kinds
 
 
+@pytest.mark.slow
 def test_private_and_gated_repositories_want_a_token(client, hub_server):
     client.run("build(1).push_to_hub('me/private', private=True)")
     client.run("build(1).push_to_hub('me/gated')")
@@ -481,6 +483,7 @@ def test_private_and_gated_repositories_want_a_token(client, hub_server):
     assert client.run("result = same(create_model('hf-hub:me/gated'), build(1))")
 
 
+@pytest.mark.slow
 def test_an_upload_that_failed_is_repeated_without_sending_the_weights_again(client, hub_server):
     hub_server.refuse_commits = 1
     with pytest.raises(ClientError, match="no more today"):
@@ -491,6 +494,7 @@ def test_an_upload_that_failed_is_repeated_without_sending_the_weights_again(cli
     assert client.run("result = same(create_model('hf-hub:me/again'), five)")
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_goes_on_where_it_was(client, hub_server):
     # Of more than 10 MB, which the client writes at a time. Older clients want a second call.
     client.run("big = build(6, 'mean_resnet10t'); big.push_to_hub('me/big')")
@@ -503,6 +507,7 @@ def test_a_download_that_broke_off_goes_on_where_it_was(client, hub_server):
     assert ranges == [None, "bytes=10485760-"]
 
 
+@pytest.mark.slow
 def test_released_weights_are_checked_and_no_backbone_is_asked_for(client, hub_server, with_manifest, tmp_path):
     commit = client.run("seven = build(7); result = seven.push_to_hub('me/seven')")
     content = hub_server.repos["me/seven"]["commits"][commit]["model.safetensors"]
@@ -531,6 +536,7 @@ def test_released_weights_are_checked_and_no_backbone_is_asked_for(client, hub_s
     assert client.run("result = same(create_model('mean_test_resnet', True, revision='main'), build(8))")
 
 
+@pytest.mark.slow
 def test_planned_weights_are_asked_for_nowhere(client, hub_server, with_manifest):
     """Whoever took the name on the Hub first could give everybody weights of their own."""
     client.run("build(9).push_to_hub('me/planned')")

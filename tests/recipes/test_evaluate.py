@@ -39,6 +39,7 @@ def evaluate(recipe, *argv):
     return recipe("evaluate").main([*map(str, argv), "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_its_own_data(recipe, run, capsys):
     (got,) = evaluate(recipe, run)["one"]
     metrics = json.loads((run / "metrics.json").read_text())

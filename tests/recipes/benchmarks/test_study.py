@@ -10,6 +10,9 @@ from scipy import stats
 
 from temporal_agg.aggregators import create_criterion, registry_entry
 
+pytestmark = pytest.mark.slow
+
+
 NAMES = ["mean", "gltr", "gltr: DTP alone"]
 SEEDS = (0, 1)
 
@@ -67,7 +70,6 @@ def test_the_interval_is_that_of_student(study, n):
     assert study.interval(values) == pytest.approx((50 * (low + high), 50 * (high - low)), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_study_holds_the_numbers_of_its_runs(study, tiny, argv, finished, tmp_path):
     out = study.parse(argv).out
     assert read(out / "study.json") == json.loads(json.dumps(finished))
@@ -156,7 +158,6 @@ def test_what_is_finished_is_read_and_what_is_missing_made_again(study, tiny, ar
         assert again["variants"][name]["map"] == finished["variants"][name]["map"]
 
 
-@pytest.mark.slow
 def test_everybody_starts_from_the_same_encoder(study, tiny, tmp_path):
     size = dataclasses.replace(tiny, steps=0, strengths=(1.0,))
     study.main(["--out", str(tmp_path), "--only", "max,grl,star", "--seeds", "2", "--device", "cpu"], size)
