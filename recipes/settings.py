@@ -40,7 +40,9 @@ class Settings:
     pretrained: bool = option(False, "start from the whole model's released weights (downloads them)")
     backbone_pretrained: bool = option(False, "start the backbone from timm's weights (downloads them)")
     backbone_weights: str = option("", "start the backbone from this file")
-    init: str = option("", "start from the encoder of this run directory; what STAR adds to one starts afresh")
+    init: str = option(
+        "", "start from the encoder of this run directory, and from its aggregator where it has the same name"
+    )
     stages: list = option([], "trainings in a row, as changes to these settings; each starts from the encoder before")
 
     # Input. 128x64 trains on a CPU; the papers use 256x128.
@@ -68,7 +70,7 @@ class Settings:
     nesterov: bool = option(True, "of sgd")
     lr: float = option(1e-3, "peak learning rate", 0)
     head_lr_factor: float = option(1.0, "times the learning rate for all that is new: aggregator and criterion", 0)
-    lr_factors: dict = option({}, "the same for single modules of the model, e.g. aggregator.gce=1.0")
+    lr_factors: dict = option({}, "the same for single modules of the model, e.g. aggregator.gce=1.0; 0 freezes one")
     weight_decay: float = option(5e-4, "L2; of adamw: decoupled", 0)
     no_decay_norms: bool = option(True, "no weight decay for the model's biases and norms; papers mostly decay all")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises from 0", 0, 1)
