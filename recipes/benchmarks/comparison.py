@@ -107,10 +107,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, v
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval by Student's t; both in per cent."""
+    """The mean, and half the width of its 95 % confidence interval by Student's t; both in per cent.
+
+    One value has no interval: half the width is infinite.
+    """
     values = 100 * np.asarray(values)
     n = len(values)
-    return float(values.mean()), float(T_975[n - 2] * values.std(ddof=1) / math.sqrt(n))
+    half = T_975[n - 2] * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return float(values.mean()), float(half)
 
 
 def difference(variants: dict, name: str, other: str, key: str, metric: str = "map") -> tuple[float, float]:
@@ -118,14 +122,19 @@ def difference(variants: dict, name: str, other: str, key: str, metric: str = "m
     return interval(np.subtract(variants[name][metric][key], variants[other][metric][key]))
 
 
+def with_half(text: str, half: float) -> str:
+    return f"{text} ± {half:.1f}" if math.isfinite(half) else text
+
+
 def signed(mean: float, half: float) -> str:
     """Bold where the interval leaves out zero."""
-    text = f"{mean:+.1f} ± {half:.1f}"
+    text = with_half(f"{mean:+.1f}", half)
     return f"**{text}**" if abs(mean) > half else text
 
 
 def measured(variants: dict, name: str, key: str, metric: str = "map") -> str:
-    return "{:.1f} ± {:.1f}".format(*interval(variants[name][metric][key]))
+    mean, half = interval(variants[name][metric][key])
+    return with_half(f"{mean:.1f}", half)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -43,6 +43,7 @@ from settings import Settings
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images
 
+import temporal_agg
 from temporal_agg import data, retrieval
 from temporal_agg.files import read_json
 
@@ -111,9 +112,9 @@ STARTS = {  # what is trained first; GLTR's first stage trains the embedding of 
 
 
 @functools.cache
-def decoded(root: str, size: tuple[int, int]) -> dict[str, list[np.ndarray]]:
-    """Every tracklet's frames, resized as the backbone wants them (bicubic), by the tracklet's name."""
-    resize = data.ClipTransform(size, interpolation="bicubic").resize
+def decoded(root: str, backbone: str, size: tuple[int, int]) -> dict[str, list[np.ndarray]]:
+    """Every tracklet's frames, resized as the backbone wants them, by the tracklet's name."""
+    resize = data.ClipTransform.for_model(temporal_agg.create_model(f"mean_{backbone}", img_size=size)).resize
     sides = [data.open_dataset("ward", root, split=0, cameras=cameras) for cameras in ("1-2,3", "2-1,3")]
     tracklets = {t.name: t for side in sides for t in (*side.train, *side.query, *side.gallery)}
     return {
@@ -123,8 +124,8 @@ def decoded(root: str, size: tuple[int, int]) -> dict[str, list[np.ndarray]]:
 
 
 @functools.lru_cache(maxsize=4)
-def split_of(root: str, size: tuple[int, int], split: int) -> data.TrackletData:
-    frames, dataset = decoded(root, size), data.open_dataset("ward", root, split=split)
+def split_of(root: str, size: Size, split: int) -> data.TrackletData:
+    frames, dataset = decoded(root, size.backbone, size.size), data.open_dataset("ward", root, split=split)
     sides = [
         [data.Tracklet(frames[t.name], t.pid, t.camera, t.name) for t in side]
         for side in (dataset.train, dataset.query, dataset.gallery)
@@ -184,7 +185,7 @@ def key_of(fault: str, share: float) -> str:
 
 @functools.lru_cache(maxsize=1)
 def tests_of(root: str, size: Size, split: int) -> dict[str, data.TrackletData]:
-    dataset = split_of(root, size.size, split)
+    dataset = split_of(root, size, split)
     faults = {key_of(*fault): with_fault(dataset, *fault, split) for fault in size.shares}
     return {"clean": dataset, **faults}
 
@@ -232,7 +233,7 @@ def settings_of(plan: Plan, name: str, split: int, rate: int) -> Settings:
         lr_factors={f"encoder.backbone.{part}": 0.0 for part in size.frozen},
         seed=split,
         eval_untrained=name == ENCODER,
-        save_every=48 if name == ENCODER else 10**6,
+        save_every=0 if name == ENCODER else 10**6,
         keep=1,
         workers=0,
     )
@@ -287,7 +288,7 @@ def run(plan: Plan, name: str, split: int, rate: int) -> dict:
     """Trains a variant, and what it starts from where that is not there, and tests it; what is finished is read."""
     if name != ENCODER and not (place(plan, start_of(name), split, rate) / "metrics.json").exists():
         run(plan, start_of(name), split, rate)
-    dataset = split_of(plan.root, plan.size.size, split)
+    dataset = split_of(plan.root, plan.size, split)
     tests = {"clean": dataset}
     if name in VARIANTS and split != plan.size.search:
         tests = tests_of(plan.root, plan.size, split)
@@ -471,7 +472,8 @@ def frozen(record: dict, splits: Sequence[int]) -> str:
     found = [record["encoders"].get(str(split), {}).get("untrained") for split in splits]
     if not found or not all(found):
         return ""
-    cells = ["{:.1f} ± {:.1f}".format(*interval([f[metric] for f in found])) for metric in ("map", "rank1")]
+    both = [interval([f[metric] for f in found]) for metric in ("map", "rank1")]
+    cells = [comparison.with_half(f"{mean:.1f}", half) for mean, half in both]
     return f"ImageNet's weights as they are, mean pooling: mAP {cells[0]}, rank-1 {cells[1]}."
 
 
@@ -561,7 +563,7 @@ def figure(record: dict, names: Sequence[str]):
 # The command
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
     parser.add_argument("--root", help="the clone of the data, or the folder of its images")
     parser.add_argument("--backbone-weights", default="", help="ImageNet's, for timm's mobilenetv2_100")
@@ -570,7 +572,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     comparison.add_arguments(parser, "ward", list(VARIANTS))
     args = parser.parse_args(argv)
     comparison.check_arguments(parser, args, list(VARIANTS))
-    known = [str(split) for split in Size.splits]
+    known = [str(split) for split in (size or Size()).splits]
     asked = [split.strip() for split in args.splits.split(",") if split.strip()] or known
     if not set(asked) <= set(known):
         parser.error(f"--splits must be some of {','.join(known)}, got {args.splits!r}")
@@ -604,8 +606,8 @@ def read_record(file: Path, size: Size) -> dict:
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
-    args = parse(sys.argv[1:] if argv is None else argv)
     size = size or Size()
+    args = parse(sys.argv[1:] if argv is None else argv, size)
     with common.one_line("ward.py"):
         args.results.mkdir(parents=True, exist_ok=True)
         file = args.results / "ward.json"
