@@ -111,10 +111,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     One value has no interval: half the width is infinite.
     """
-    values = 100 * np.asarray(values)
-    n = len(values)
-    half = T_975[n - 2] * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return float(values.mean()), float(half)
+    percent, n = 100 * np.asarray(values), len(values)
+    half = T_975[n - 2] * percent.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return float(percent.mean()), float(half)
 
 
 def difference(variants: dict, name: str, other: str, key: str, metric: str = "map") -> tuple[float, float]:

@@ -24,7 +24,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +126,12 @@ def decoded(root: str, backbone: str, size: tuple[int, int]) -> dict[str, list[n
 @functools.lru_cache(maxsize=4)
 def split_of(root: str, size: Size, split: int) -> data.TrackletData:
     frames, dataset = decoded(root, size.backbone, size.size), data.open_dataset("ward", root, split=split)
-    sides = [
-        [data.Tracklet(frames[t.name], t.pid, t.camera, t.name) for t in side]
-        for side in (dataset.train, dataset.query, dataset.gallery)
-    ]
-    return data.TrackletData(*sides, name=dataset.name)
+
+    def in_memory(side: Sequence[data.Tracklet]) -> list[data.Tracklet]:
+        return [data.Tracklet(frames[t.name], t.pid, t.camera, t.name) for t in side]
+
+    train, query, gallery = map(in_memory, (dataset.train, dataset.query, dataset.gallery))
+    return data.TrackletData(train, query, gallery, name=dataset.name)
 
 
 def run_of(tracklet: data.Tracklet, share: float, rng: np.random.Generator) -> range:
@@ -162,9 +163,9 @@ def with_fault(dataset: data.TrackletData, fault: str, share: float, split: int)
 
     def faulty(tracklet: data.Tracklet) -> data.Tracklet:
         rng = np.random.default_rng((split, tracklet.pid, tracklet.camera))  # the same run, whatever the fault
-        frames = list(tracklet.frames)
+        frames = [np.asarray(frame) for frame in tracklet.frames]
         others = [t for t in everybody if t.camera == tracklet.camera and t.pid != tracklet.pid]
-        other = others[rng.integers(len(others))].frames
+        other = [np.asarray(frame) for frame in others[rng.integers(len(others))].frames]
         for i in run_of(tracklet, share, rng):
             foreign, half = other[i % len(other)], frames[i].shape[1] // 2
             if fault == "foreign":
@@ -329,15 +330,20 @@ KEPT = (
 # All of them
 
 
-def run_all(plan: Plan, record: dict, names: Sequence[str], splits: Sequence[int], jobs: int, keep: Any) -> None:
+def run_all(
+    plan: Plan, record: dict, names: Sequence[str], splits: Sequence[int], jobs: int, keep: Callable[[dict], None]
+) -> None:
     """The search, then split by split; ``record`` gets what is measured, and ``keep`` is called with each new measure.
 
     The encoder of the next split comes before the variants of this one, so that no process waits for it.
     """
-    size, trained = plan.size, [name for name in names if name not in STILL]
-    search, results = record["search"], record["results"]
-    wanted = [(name, rate) for name in trained for rate in range(len(size.rates))]
-    wanted = [(name, size.search, rate) for name, rate in wanted if str(rate) not in search.get(name, {})]
+    size, search, results = plan.size, record["search"], record["results"]
+    wanted = [
+        (name, size.search, rate)
+        for name in names
+        for rate in range(len(size.rates))
+        if name not in STILL and str(rate) not in search.get(name, {})
+    ]
     if wanted:
         wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
     for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
@@ -467,6 +473,28 @@ def said(variants: dict, keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def is_below(variants: dict, name: str, other: str) -> bool:
+    """By the interval, on the clean test."""
+    if name not in variants or other not in variants:
+        return False
+    mean, half = comparison.difference(variants, name, other, "clean")
+    return mean < -half
+
+
+def against_papers(variants: dict) -> str:
+    """Every paper has its system above the average of the frames: which are not, and what the controls say of it."""
+    lines = []
+    for name in [name for name in SYSTEMS if is_below(variants, name, REFERENCE)]:
+        held = []
+        if is_below(variants, f"mean: {name}'s loss", REFERENCE):
+            held.append("mean pooling with its loss is, too, so its loss is a reason")
+        if is_below(variants, f"{name}: common loss", REFERENCE):
+            held.append("it is with the common loss, too, so its aggregator is a reason")
+        why = "; ".join(held) or "no control is, so the reason is not known"
+        lines.append(f"- `{name}` is below mean pooling, against its paper: {why}.")
+    return "\n".join(lines)
+
+
 def frozen(record: dict, splits: Sequence[int]) -> str:
     """ImageNet's weights as they are."""
     found = [record["encoders"].get(str(split), {}).get("untrained") for split in splits]
@@ -499,7 +527,7 @@ single frames ({size["encoder_epochs"] * 3} batches of 96); from it every varian
 for the embedding of its frames. What is not called otherwise has the common loss: cross-entropy and batch-hard triplet
 behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is its other half.
 """
-    device = f"{environment['device']}, torch {environment['torch']}. `python {environment['command']}`\n"
+    device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
     search = search_table(record, names)
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
     count = len(size["splits"])
@@ -513,7 +541,10 @@ of twenty such differences one does so by chance. {frozen(record, splits)} `star
 
 {main_table(variants, keys)}
 
+![mAP of each variant less that of mean pooling, with intervals, for each test](ward.png)
+
 {said(variants, keys)}
+{against_papers(variants)}
 
 {failures}## Aggregator and loss apart
 

@@ -152,6 +152,27 @@ def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     assert written.count("| gltr |") == 1  # among the learning rates
 
 
+def test_what_contradicts_a_paper_is_said_with_what_the_controls_show(ward):
+    low, high = [0.1, 0.12, 0.11], [0.5, 0.53, 0.51]
+    names = {"mean": high, "loga": low, "gltr": low, "fgra": high, "mean: gltr's loss": low, "loga: common loss": low}
+    variants = {name: {"map": {"clean": values}} for name, values in names.items()}
+    loga, gltr = ward.against_papers(variants).splitlines()
+    assert "`loga`" in loga
+    assert "its aggregator is a reason" in loga
+    assert "its loss" not in loga
+    assert "`gltr`" in gltr
+    assert "its loss is a reason" in gltr
+    assert "its aggregator" not in gltr
+    assert "not known" in ward.against_papers({**variants, "loga: common loss": variants["fgra"]}).splitlines()[0]
+
+
+def test_the_page_shows_the_record_that_is_kept(ward):
+    """docs/results.md includes ward.md."""
+    record = ward.read_record(RESULTS / "ward.json", ward.Size())
+    assert (RESULTS / "ward.md").read_text(encoding="utf-8") == ward.text(record, list(ward.VARIANTS))
+    assert (RESULTS / "ward.png").exists() == bool(ward.gather(record, list(ward.VARIANTS))[0])
+
+
 def test_the_best_rate_is_that_of_the_highest_map(ward):
     def at(*maps):
         return {"x": {str(i): {"tests": {"clean": {"map": m}}} if m else {"failed": ""} for i, m in enumerate(maps)}}
