@@ -53,6 +53,7 @@ class Settings:
     random_crop: float = option(1.0, "resize to this multiple of the size before a random crop", 1)
     erasing: float = option(0.0, "chance that a rectangle of a clip is erased (for long trainings)", 0, 1)
     erasing_per_frame: bool = option(False, "erase another rectangle in each frame")
+    erasing_fill: str = option("zero", "zero (the mean colour) or random (random colours, as Zhong et al. have it)")
 
     # Batches; all counts are over all processes.
     sampler: str = option("identity", "identity (P x K), pairs (across cameras), tracklets or frames (each once)")
@@ -100,6 +101,7 @@ class Settings:
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 DEFAULTS = dataclasses.asdict(Settings())
 CHOICES = {
+    "erasing_fill": ("zero", "random"),
     "sampler": ("identity", "pairs", "tracklets", "frames"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("cosine", "constant", "step"),

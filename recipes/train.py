@@ -138,7 +138,7 @@ def build_sampler(settings: Settings, tracklets, labels: list[int], rank: int, w
 
 def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: dict, accelerator) -> DataLoader:
     clip = model.clip
-    augmentation = ("flip", "pad", "random_crop", "erasing", "erasing_per_frame")
+    augmentation = ("flip", "pad", "random_crop", "erasing", "erasing_per_frame", "erasing_fill")
     chances = {name: getattr(settings, name) for name in augmentation}
     transform = data.ClipTransform.for_model(model, train=True, **chances)
     clips = data.ClipDataset(
