@@ -347,9 +347,11 @@ def run_all(
     if wanted:
         wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
     for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
-        if result["variant"] != ENCODER:
+        if result["variant"] == ENCODER:
+            record["encoders"][str(result["split"])] = result
+        else:
             search.setdefault(result["variant"], {})[str(result["rate"])] = result
-            keep(result)
+        keep(result)
     wanted = []
     missing = [
         [(name, split, best(search, name)) for name in names if str(split) not in results.get(name, {})]
@@ -495,14 +497,20 @@ def against_papers(variants: dict) -> str:
     return "\n".join(lines)
 
 
-def frozen(record: dict, splits: Sequence[int]) -> str:
-    """ImageNet's weights as they are."""
-    found = [record["encoders"].get(str(split), {}).get("untrained") for split in splits]
-    if not found or not all(found):
+def before(record: dict) -> str:
+    """ImageNet's weights as they are, and the encoders, on all splits that have one."""
+    splits = [split for split in record["size"]["splits"] if str(split) in record["encoders"]]
+    found = [record["encoders"][str(split)] for split in splits]
+    if not found:
         return ""
-    both = [interval([f[metric] for f in found]) for metric in ("map", "rank1")]
-    cells = [comparison.with_half(f"{mean:.1f}", half) for mean, half in both]
-    return f"ImageNet's weights as they are, mean pooling: mAP {cells[0]}, rank-1 {cells[1]}."
+
+    def cells(measures: list[dict]) -> str:
+        both = [interval([m[metric] for m in measures]) for metric in ("map", "rank1")]
+        return "mAP {}, rank-1 {}".format(*(comparison.with_half(f"{mean:.1f}", half) for mean, half in both))
+
+    untrained, trained = cells([f["untrained"] for f in found]), cells([f["tests"]["clean"] for f in found])
+    which = ", ".join(map(str, splits))
+    return f"Mean pooling on splits {which}: ImageNet's weights as they are, {untrained}; the encoders, {trained}."
 
 
 def text(record: dict, names: Sequence[str]) -> str:
@@ -532,12 +540,15 @@ behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is it
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
     count = len(size["splits"])
     if not splits:
-        return f"{intro}\n**No split of {count} is whole yet: the comparison is not finished.**\n{search}\n{device}"
+        state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
+        return f"{intro}\n{state}\n{search}\n{device}"
     return f"""{intro}
 **{len(splits)} of {count} splits are whole** ({", ".join(map(str, splits))}). mAP and rank-1 in %, mean ± half of the
 95 % confidence interval over these splits (Student's t); differences are paired, split by split. The splits share their
 70 people, so the intervals are of the draw of the halves, not of another 70 people. Bold: the interval leaves out zero;
-of twenty such differences one does so by chance. {frozen(record, splits)} `start` is the common start.
+of twenty such differences one does so by chance. `start` is the common start: the encoder as it is.
+
+{before(record)}
 
 {main_table(variants, keys)}
 

@@ -141,7 +141,11 @@ def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
     assert rows(written)["gltr"][1] == f"{maps['gltr'][0]:.1f}"  # one split has no interval, and nothing is bold
     assert "**" not in rows(written)["gltr"][3]
     results.clear()
-    assert "not finished" in ward.text(two, NAMES)
+    written = ward.text(two, NAMES)
+    assert "not finished" in written
+    encoder = two["encoders"]["1"]
+    for found in (encoder["untrained"], encoder["tests"]["clean"]):
+        assert f"mAP {100 * found['map']:.1f}, rank-1 {100 * found['rank1']:.1f}" in written
 
 
 def test_what_failed_is_named_and_not_in_the_tables(ward, two):
