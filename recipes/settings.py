@@ -40,7 +40,9 @@ class Settings:
     pretrained: bool = option(False, "start from the whole model's released weights (downloads them)")
     backbone_pretrained: bool = option(False, "start the backbone from timm's weights (downloads them)")
     backbone_weights: str = option("", "start the backbone from this file")
-    init: str = option("", "start from the encoder of this run directory; what STAR adds to one starts afresh")
+    init: str = option(
+        "", "start from the encoder of this run directory, and from its aggregator where it has the same name"
+    )
     stages: list = option([], "trainings in a row, as changes to these settings; each starts from the encoder before")
 
     # Input. 128x64 trains on a CPU; the papers use 256x128.
@@ -51,6 +53,7 @@ class Settings:
     random_crop: float = option(1.0, "resize to this multiple of the size before a random crop", 1)
     erasing: float = option(0.0, "chance that a rectangle of a clip is erased (for long trainings)", 0, 1)
     erasing_per_frame: bool = option(False, "erase another rectangle in each frame")
+    erasing_fill: str = option("zero", "zero (the mean colour) or random (random colours, as Zhong et al. have it)")
 
     # Batches; all counts are over all processes.
     sampler: str = option("identity", "identity (P x K), pairs (across cameras), tracklets or frames (each once)")
@@ -68,7 +71,7 @@ class Settings:
     nesterov: bool = option(True, "of sgd")
     lr: float = option(1e-3, "peak learning rate", 0)
     head_lr_factor: float = option(1.0, "times the learning rate for all that is new: aggregator and criterion", 0)
-    lr_factors: dict = option({}, "the same for single modules of the model, e.g. aggregator.gce=1.0")
+    lr_factors: dict = option({}, "the same for single modules of the model, e.g. aggregator.gce=1.0; 0 freezes one")
     weight_decay: float = option(5e-4, "L2; of adamw: decoupled", 0)
     no_decay_norms: bool = option(True, "no weight decay for the model's biases and norms; papers mostly decay all")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises from 0", 0, 1)
@@ -98,6 +101,7 @@ class Settings:
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 DEFAULTS = dataclasses.asdict(Settings())
 CHOICES = {
+    "erasing_fill": ("zero", "random"),
     "sampler": ("identity", "pairs", "tracklets", "frames"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("cosine", "constant", "step"),

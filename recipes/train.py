@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -82,6 +82,7 @@ def build_optimizer(settings: Settings, model: nn.Module, criterion: nn.Module) 
         factor = 1.0 if name.startswith("encoder.") else settings.head_lr_factor
         for module, value in settings.lr_factors.items():
             factor = float(value) if name == module or name.startswith(f"{module}.") else factor
+        parameter.requires_grad_(factor > 0)  # a backbone whose first layers are frozen trains in half the time
         by_kind[factor, parameter.ndim >= 2 or not settings.no_decay_norms].append(parameter)
     groups: list[dict] = [
         {"params": parameters, "lr": settings.lr * factor, "weight_decay": settings.weight_decay * decayed}
@@ -137,7 +138,7 @@ def build_sampler(settings: Settings, tracklets, labels: list[int], rank: int, w
 
 def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: dict, accelerator) -> DataLoader:
     clip = model.clip
-    augmentation = ("flip", "pad", "random_crop", "erasing", "erasing_per_frame")
+    augmentation = ("flip", "pad", "random_crop", "erasing", "erasing_per_frame", "erasing_fill")
     chances = {name: getattr(settings, name) for name in augmentation}
     transform = data.ClipTransform.for_model(model, train=True, **chances)
     clips = data.ClipDataset(
@@ -162,13 +163,22 @@ def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: 
     )
 
 
-def start_from(encoder: nn.Module, run: str) -> None:
-    """Takes the encoder of a run; what STAR adds to a backbone stays as it is where that run has none of it."""
-    own = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
+def start_from(model: temporal_agg.TrackletModel, run: str) -> None:
+    """Takes the encoder of a run; what STAR adds to a backbone stays as it is where that run has none of it.
+
+    Where the run's aggregator has the same name, with other options or not, what both have of it is taken, too: GLTR's
+    first stage trains the embedding of its frames (ICCV 2019, Sec. 4.2), and the second goes on from it.
+    """
+    before = temporal_agg.create_model(f"local-dir:{run}")
+    own = {key: value for key, value in model.encoder.state_dict().items() if not key.startswith("backbone.")}
     try:
-        encoder.load_state_dict(own | temporal_agg.create_model(f"local-dir:{run}").encoder.state_dict())
+        model.encoder.load_state_dict(own | before.encoder.state_dict())
     except RuntimeError as error:
         raise ValueError(f"the encoder of {run} does not fit this model: {common.one_line_of(error)}") from error
+    if model.aggregator.config["name"] == before.aggregator.config["name"]:
+        state = model.aggregator.state_dict()
+        both = {k: v for k, v in before.aggregator.state_dict().items() if k in state and v.shape == state[k].shape}
+        model.aggregator.load_state_dict(state | both)
 
 
 def gather(details: temporal_agg.Details, labels: Tensor) -> tuple[temporal_agg.Details, Tensor]:
@@ -330,7 +340,7 @@ def prepare(directory: Path, dataset: data.TrackletData, settings: Settings, acc
     labels = dataset.label_map
     model = build_model(settings)
     if settings.init:
-        start_from(model.encoder, settings.init)
+        start_from(model, settings.init)
     if settings.sync_batchnorm and device.type == "cuda" and accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)
@@ -368,7 +378,18 @@ def prepare(directory: Path, dataset: data.TrackletData, settings: Settings, acc
     return job
 
 
-def train(directory: Path, dataset: data.TrackletData, settings: Settings, extra: dict, accelerator, bars=True) -> dict:
+Evaluation = Callable[[Training], tuple[dict, Tensor]]
+
+
+def train(
+    directory: Path,
+    dataset: data.TrackletData,
+    settings: Settings,
+    extra: dict,
+    accelerator,
+    bars: bool = True,
+    evaluate: Evaluation = Training.evaluate,
+) -> dict:
     """Trains one model in one run directory, or goes on with it, and returns its metrics.
 
     Args:
@@ -378,6 +399,7 @@ def train(directory: Path, dataset: data.TrackletData, settings: Settings, extra
         extra: what settings.json says beside them.
         accelerator: where it runs.
         bars: show progress.
+        evaluate: what is measured in the end: at least what :meth:`Training.evaluate` gives.
 
     Raises:
         Busy: another process trains there.
@@ -390,19 +412,26 @@ def train(directory: Path, dataset: data.TrackletData, settings: Settings, extra
     if not finished.exists():
         with common.held(directory, accelerator):
             if not finished.exists():  # another command may have finished it while this one waited
-                return train_held(directory, dataset, settings, accelerator, bars)
+                return train_held(directory, dataset, settings, accelerator, bars, evaluate)
     accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")
     return common.read_metrics(finished)
 
 
-def train_held(directory: Path, dataset: data.TrackletData, settings: Settings, accelerator, bars: bool) -> dict:
+def train_held(
+    directory: Path,
+    dataset: data.TrackletData,
+    settings: Settings,
+    accelerator,
+    bars: bool,
+    evaluate: Evaluation,
+) -> dict:
     """The same, in a directory that no other command works in."""
     start = time.perf_counter()
     if accelerator.is_main_process:
         sweep(directory / "checkpoints")
     job = prepare(directory, dataset, settings, accelerator, bars)
     run_epochs(job)
-    metrics, gallery = job.evaluate()
+    metrics, gallery = evaluate(job)
     metrics |= about(job, time.perf_counter() - start)
     if accelerator.is_main_process:
         job.model.save_pretrained(directory)

@@ -19,6 +19,7 @@ PARSERS = {  # a script that is not here takes no argument
     "recipes/compute_flow.py": "arguments",
     "recipes/evaluate.py": "parse",
     "recipes/benchmarks/study.py": "parse",
+    "recipes/benchmarks/ward.py": "parse",
     "recipes/train.py": "parse_settings",
 }
 PLAIN = ("python3 -m venv .venv", ". .venv/bin/activate")

@@ -19,31 +19,24 @@ import argparse
 import dataclasses
 import functools
 import math
-import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
+import comparison
 import numpy as np
-import torch
 import train
 from common import draw, embed_test, load_model, score, summary, write_json, write_text
+from comparison import T_975, Variant, interval, markdown, signed
 from settings import Settings
 
 from temporal_agg import data, retrieval
 from temporal_agg.data.synthetic import FAULTS
 from temporal_agg.files import read_json
-
-# t(0.975) for n - 1 degrees of freedom, n = 2, 3, ...
-T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 @dataclass(frozen=True)
@@ -84,16 +77,6 @@ FULL = Size(
     in_memory=False,
     settings=(("workers", 12), ("mixed_precision", "bf16")),
 )
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a table: a model and its loss."""
-
-    model: str
-    options: dict = field(default_factory=dict)
-    criterion: str = ""  # the model's own
-    criterion_options: dict = field(default_factory=dict)
 
 
 SYSTEMS = {
@@ -250,34 +233,15 @@ def read_faults(file: Path) -> dict:
     return done
 
 
-def threads(jobs: int) -> int:
-    return torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-
-
-def start_job(threads: int) -> None:
-    def end_with_parent() -> None:  # a killed study would leave trainings that the next one gets in the way of
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-
-
 def run_all(out: Path, size: Size, names: Sequence[str], seeds: Sequence[int], device: str, jobs: int) -> list[dict]:
     """Encoders first, then the systems, then the rest; seed by seed, so that a process draws a world once."""
     encoders = [(ENCODER, seed) for seed in seeds]
     groups = [[name for name in names if name in group] for group in (SYSTEMS, PARTS, SAME_LOSS)]
     results = []
     for phase in (encoders, [(name, seed) for group in groups for seed in seeds for name in group]):
-        if jobs == 1:
-            done = (run(out, size, *job, device) for job in phase)
-            results += [report(result, k, len(phase)) for k, result in enumerate(done, 1)]
-            continue
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_job, (threads(jobs),)) as pool:
-            futures = [pool.submit(run, out, size, *job, device, False) for job in phase]  # their bars would mix
-            results += [report(f.result(), k, len(phase)) for k, f in enumerate(as_completed(futures), 1)]
+        work = [(out, size, *job, device, jobs == 1) for job in phase]  # the bars of several would mix
+        done = comparison.run_jobs(run, work, jobs)
+        results += [report(result, k, len(phase)) for k, result in enumerate(done, 1)]
     return [result for result in results if result["variant"] in VARIANTS]
 
 
@@ -305,30 +269,12 @@ def gather(results: Sequence[dict], names: Sequence[str], seeds: Sequence[int]) 
     return variants
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval by Student's t; both in per cent."""
-    values = 100 * np.asarray(values)
-    n = len(values)
-    return float(values.mean()), float(T_975[n - 2] * values.std(ddof=1) / math.sqrt(n))
-
-
 def difference(variants: dict, name: str, other: str, key: str = "mixed") -> tuple[float, float]:
-    """The same of the difference between two variants, seed by seed: what makes a world hard cancels."""
-    return interval(np.subtract(variants[name]["map"][key], variants[other]["map"][key]))
-
-
-def signed(mean: float, half: float) -> str:
-    """Bold where the interval leaves out zero."""
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+    return comparison.difference(variants, name, other, key)
 
 
 def measured(variants: dict, name: str, key: str = "mixed") -> str:
-    return "{:.1f} ± {:.1f}".format(*interval(variants[name]["map"][key]))
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return comparison.measured(variants, name, key)
 
 
 def systems_table(study: dict) -> str:
@@ -358,15 +304,8 @@ def parts_table(study: dict) -> str:
 
 def supported(study: dict) -> str:
     """What may be said about systems and the reference, and no more."""
-    variants = study["variants"]
-    if REFERENCE not in variants:
-        return ""
-    said = {"Above": [], "Below": [], "Not to be told from": []}
-    for name in [name for name in SYSTEMS if name in variants and name != REFERENCE]:
-        mean, half = difference(variants, name, REFERENCE)
-        said["Not to be told from" if abs(mean) <= half else "Above" if mean > 0 else "Below"].append(name)
-    verdicts = [f"{what} {REFERENCE}: {', '.join(names)}." for what, names in said.items() if names]
-    return f"With all four faults, by the intervals of the paired differences. {' '.join(verdicts)}"
+    verdicts = comparison.supported(study["variants"], list(SYSTEMS), REFERENCE, "mixed")
+    return verdicts and f"With all four faults, by the intervals of the paired differences. {verdicts}"
 
 
 def text(study: dict) -> str:
@@ -445,43 +384,22 @@ def figure(study: dict):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/study"), help="where the run directories are (runs/study)"
-    )
-    parser.add_argument("--results", type=Path, help="where study.json, study.md and study.png go; default: --out")
+    comparison.add_arguments(parser, "study", list(VARIANTS))
     parser.add_argument("--full", action="store_true", help="ResNet-50, 256x128, for a GPU")
-    parser.add_argument("--only", default="", help=f"some of: {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on, 2 to 10 (3)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
     args = parser.parse_args(argv)
-    args.only = [name.strip() for name in args.only.split(",") if name.strip()]
-    args.only = args.only or list(VARIANTS)
-    unknown = [name for name in args.only if name not in VARIANTS]
-    if unknown:
-        parser.error(f"--only has no {', '.join(map(repr, unknown))}; it has {', '.join(VARIANTS)}")
+    comparison.check_arguments(parser, args, list(VARIANTS))
     if not 2 <= args.seeds <= len(T_975) + 1:
         parser.error(f"--seeds must be 2 to {len(T_975) + 1}, for an interval; got {args.seeds}")
-    try:
-        common.check_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     return args
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     size = size or (FULL if args.full else Size())
-    names, seeds = [name for name in VARIANTS if name in args.only], list(range(args.seeds))
+    names, seeds = args.only, list(range(args.seeds))
     with common.one_line("study.py"):
-        try:
-            results = run_all(args.out, size, names, seeds, args.device, args.jobs)
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a job was killed, mostly for want of memory; the same command goes on ({error})."
-            ) from error
+        results = run_all(args.out, size, names, seeds, args.device, args.jobs)
         return write_results(args, size, names, seeds, results)
 
 
@@ -489,7 +407,7 @@ def write_results(
     args: argparse.Namespace, size: Size, names: list[str], seeds: list[int], results: list[dict]
 ) -> dict:
     environment = common.environment(common.accelerator_of(args.device).device)
-    environment["threads"] = threads(args.jobs)
+    environment["threads"] = comparison.threads(args.jobs)
     study = {
         "size": dataclasses.asdict(size),
         "seeds": seeds,
@@ -498,7 +416,7 @@ def write_results(
         "environment": environment,
         "variants": gather(results, names, seeds),
     }
-    folder = args.results or args.out
+    folder = args.results
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", study)
     write_text(folder / "study.md", text(study))

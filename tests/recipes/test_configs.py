@@ -85,8 +85,10 @@ def test_every_model_and_criterion_builds_at_its_real_size(merged, system):
 
 def test_the_first_stage_of_gltr_takes_single_frames(merged):
     first, last = stages(merged("gltr"))
-    clip = create_model("mean_resnet10t", **first["model_options"]).clip
-    assert (first["sampler"], clip.length, clip.train_sampling) == ("frames", 1, "each")
+    model = create_model("gltr_resnet10t", **first["model_options"])
+    assert first["model"] == last["model"]
+    assert (first["sampler"], model.clip.length, model.clip.train_sampling) == ("frames", 1, "each")
+    assert {name for name, _ in model.aggregator.named_parameters()} == {"embed.weight", "embed.bias"}
     assert last["sampler"] == "tracklets"
 
 

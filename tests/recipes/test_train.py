@@ -335,22 +335,53 @@ def equal_runs(one, two):
 
 
 @pytest.mark.slow
-def test_stages_start_from_the_encoder_before(recipe, folder, tmp_path):
+@pytest.mark.parametrize("before", [{"model": "mean_resnet10t"}, {"model_options": {"dtp": False, "tsa": False}}])
+def test_stages_start_from_the_stage_before(recipe, folder, tmp_path, before):
+    """From its encoder; from its aggregator too, if that is the same but for options (GLTR's frame embedding)."""
     file = tmp_path / "stages.yaml"
-    stages = [{"model": "mean_resnet10t", "sampler": "frames", "batch-size": 4, "clip_length": 1, "epochs": 2}, {}]
+    stages = [{**before, "sampler": "frames", "batch-size": 4, "clip_length": 1, "epochs": 2}, {}]
     file.write_text(json.dumps({"stages": stages, "lr": 0.01, "epochs": 0, "model": "gltr_resnet10t"}))
     options = ["--config", str(file), "--data", f"folder:{folder}", "--name", "two", "--out", str(tmp_path)]
     argv = [*MINIATURE[4:], *options, "--criterion", "gltr"]
     argv.remove("--clip-length"), argv.remove("3")
     recipe("train").main(argv)
     first, last = (temporal_agg.create_model(f"local-dir:{tmp_path / d}") for d in ("two/stage1", "two"))
-    untrained = recipe("train").build_model(settings_of(recipe, "--model", "mean_resnet10t", "--size", "32x16"))
+    torch.manual_seed(0)
+    settings = settings_of(recipe, "--model", "gltr_resnet10t", "--size", "32x16")
+    untrained = recipe("train").build_model(settings)
     weights = [model.encoder.state_dict()["backbone.conv1.0.weight"] for model in (first, last, untrained)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+    same = "model" not in before
+    assert torch.equal(last.aggregator.embed.weight, (first if same else untrained).aggregator.embed.weight)
+    assert torch.equal(last.aggregator.dtp.branches[0].weight, untrained.aggregator.dtp.branches[0].weight)
+    if same:
+        assert not torch.equal(last.aggregator.embed.weight, untrained.aggregator.embed.weight)
     log = (tmp_path / "two" / "stage1" / "log.jsonl").read_text().splitlines()
     assert len(log) == 2
     assert (tmp_path / "two" / "log.jsonl").exists() is False  # no epoch, as asked for
+
+
+def test_a_factor_of_zero_freezes(recipe, folder, tmp_path):
+    """No gradient is made there, and what is frozen keeps its weights; the rest is trained."""
+    train = recipe("train")
+    frozen = {"encoder.backbone.conv1": 0.0, "encoder.backbone.layer1": 0.0}
+    settings = settings_of(
+        recipe, "--model", "mean_resnet10t", "--lr-factors", *(f"{k}={v}" for k, v in frozen.items())
+    )
+    model = train.build_model(settings)
+    criterion = train.build_criterion(settings, model, 3)[1]
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = train.build_optimizer(settings, model, criterion)
+    criterion(model(torch.randn(4, 2, 3, 32, 16), return_details=True), torch.tensor([0, 0, 1, 1]))["loss"].backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        still = name.startswith(tuple(frozen))
+        assert (parameter.grad is None) == still, name
+        assert not still or torch.equal(parameter, before[name]), name
+    assert not torch.equal(
+        model.encoder.backbone.layer2[0].conv1.weight, before["encoder.backbone.layer2.0.conv1.weight"]
+    )
 
 
 def gradients_of(rank, world, recipe_path, tmp_path):
@@ -534,7 +565,7 @@ def test_every_paper_trains_end_to_end(recipe, tmp_path, system, name):
     small["data_options"] = {"cache": False} | ({} if name == "prid-2011" else {"check_counts": False})
     small["model"] = settings["model"].replace("resnet50.tv_in1k", "resnet10t")
     if "stages" in settings:
-        first = {**settings["stages"][0], "model": "mean_resnet10t", "epochs": 1}
+        first = {**settings["stages"][0], "epochs": 1}
         small["stages"] = [first, *settings["stages"][1:]]
     if settings.get("model_options", {}).get("flow"):
         recipe("compute_flow").main(["--data", f"duke:{root}", "--data-options", "check_counts=false", "cache=false"])

@@ -1,0 +1,686 @@
+"""The comparison on WARD: every aggregator on real people, under one backbone, one start and one budget.
+
+    git clone https://github.com/iN1k1/CVPR2012
+    python recipes/benchmarks/ward.py --root CVPR2012 --backbone-weights mobilenetv2.safetensors --jobs 2
+
+The weights are ImageNet's for timm's mobilenetv2_100. For each split of WARD one encoder is trained from them on single
+frames; every variant goes on from it, with the same steps, clips, frames and augmentation. A learning rate is chosen
+for each variant on split 0, from the same few, and split 0 is then left out. The rest of a variant is its own: the
+aggregator, the loss, how a tracklet is cut in a test, and the distance.
+
+Tests: the test half as it is, and with faults put into its tracklets, queries and gallery alike, drawn from a fixed
+seed: a run of frames that show another person of the same camera, or in which half of the frame shows one, or whose
+boxes are off.
+
+Every training is a run directory of recipes/train.py under --out. What is measured goes into ward.json in --results, at
+once; the same command goes on from there, on another machine as well. Splits are done one by one, and the tables
+(ward.md, ward.png) are of those that are whole.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+import comparison
+import numpy as np
+import torch
+import train
+from common import draw, embed_test, score, summary, write_json, write_text
+from comparison import Variant, interval, markdown, signed
+from settings import Settings
+from torch import Tensor
+from torchvision.transforms.v2 import functional as images
+
+import temporal_agg
+from temporal_agg import data, retrieval
+from temporal_agg.files import read_json
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the comparison is; the same for all of its trainings."""
+
+    backbone: str = "mobilenetv2_100"
+    # The first layers keep ImageNet's filters (their BatchNorm goes on counting): a step then takes half the time.
+    frozen: tuple[str, ...] = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")
+    size: tuple[int, int] = (128, 64)
+    frames: int = 6  # of a clip
+    identities: int = 6  # in a batch, two clips each
+    epochs: int = 11  # of the variants: 66 batches
+    encoder_epochs: int = 67  # 201 batches of 96 single frames
+    encoder_lr: float = 3e-4
+    # Learning rate of the encoder, and how many times that all that is new has.
+    rates: tuple[tuple[float, float], ...] = ((3e-4, 1.0), (1e-4, 10.0))
+    shares: tuple[tuple[str, float], ...] = (("foreign", 0.2), ("foreign", 0.3), ("occlusion", 0.3), ("bad boxes", 0.3))
+    search: int = 0  # the split of the learning rates
+    splits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+NECK = {"neck": True}
+OF_LOGA = {"margin": 0.3, "neck": True, "distance": "cosine"}  # as recipes/configs/loga.yaml
+DENSE = {"clip": {"test_sampling": "dense"}}  # every frame, as in everybody's test
+REFERENCE = "mean"
+POOLINGS = {
+    name: Variant(name, {}, "baseline", NECK) for name in ("mean", "max", "gem", "attention", "nan", "lstm", "robust")
+}
+SYSTEMS = {
+    "loga": Variant("loga", {"scale": "sqrt"}, "loga", OF_LOGA),
+    "gsta": Variant("gsta", {"hidden_features": 128, "start": "zero"}, "gsta"),
+    "gltr": Variant("gltr", {"start": "small"}, "gltr"),
+    "fgra": Variant("fgra", {}, "fgra"),
+    "grl": Variant("grl", DENSE, "grl"),
+    "gltr_released": Variant("gltr_released", {}, "gltr_released"),
+    "grl_released": Variant("grl_released", DENSE, "grl_released"),
+}
+SAME_LOSS = {
+    f"{name}: common loss": dataclasses.replace(variant, criterion="baseline", criterion_options=NECK)
+    for name, variant in SYSTEMS.items()
+}
+# FGRA's is the baselines' with another margin, but for its templates' terms. GRL's reads what GRL alone gives.
+CONTROLS = {
+    "mean: no neck": Variant("mean", {}, "baseline"),
+    "mean: loga's loss": Variant("mean", {}, "loga", OF_LOGA),
+    "mean: gsta's loss": Variant("mean", {}, "gsta", {"pyramid_weight": 0.0}),
+    "mean: gltr's loss": Variant("mean", {}, "gltr"),
+    "mean: fgra's loss": Variant("mean", {}, "baseline", {"margin": 0.5}),
+    "mean: gltr_released's loss": Variant("mean", {}, "gltr_released"),
+}
+# The common start as it is, tested with the mean and with the robust mean: nothing is trained.
+STILL = {"start": POOLINGS["mean"], "start: robust": POOLINGS["robust"]}
+VARIANTS = {**POOLINGS, **SYSTEMS, **SAME_LOSS, **CONTROLS, **STILL}
+ENCODER, STAGE = "encoder", "gltr: stage 1"
+STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
+    ENCODER: Variant("mean", {}, "baseline"),
+    STAGE: Variant("gltr", {"dtp": False, "tsa": False}, "gltr"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: every frame decoded once
+
+
+@functools.cache
+def decoded(root: str, backbone: str, size: tuple[int, int]) -> dict[str, list[np.ndarray]]:
+    """Every tracklet's frames, resized as the backbone wants them, by the tracklet's name."""
+    resize = data.ClipTransform.for_model(temporal_agg.create_model(f"mean_{backbone}", img_size=size)).resize
+    sides = [data.open_dataset("ward", root, split=0, cameras=cameras) for cameras in ("1-2,3", "2-1,3")]
+    tracklets = {t.name: t for side in sides for t in (*side.train, *side.query, *side.gallery)}
+    return {
+        name: [frame.permute(1, 2, 0).numpy() for frame in resize(t.load(range(len(t))))]
+        for name, t in tracklets.items()
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def split_of(root: str, size: Size, split: int) -> data.TrackletData:
+    frames, dataset = decoded(root, size.backbone, size.size), data.open_dataset("ward", root, split=split)
+
+    def in_memory(side: Sequence[data.Tracklet]) -> list[data.Tracklet]:
+        return [data.Tracklet(frames[t.name], t.pid, t.camera, t.name) for t in side]
+
+    train, query, gallery = map(in_memory, (dataset.train, dataset.query, dataset.gallery))
+    return data.TrackletData(train, query, gallery, name=dataset.name)
+
+
+def run_of(tracklet: data.Tracklet, share: float, rng: np.random.Generator) -> range:
+    """The frames that a fault befalls, one after the other."""
+    count = round(share * len(tracklet))
+    start = int(rng.integers(len(tracklet) - count + 1))
+    return range(start, start + count)
+
+
+def off(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a box shows that is off by up to 0.3 of its width, 0.2 of its height, and 0.8 to 1.3 times as large.
+
+    Beyond the frame its border goes on.
+    """
+    height, width = frame.shape[:2]
+    scale, dx, dy = rng.uniform([0.8, -0.3, -0.2], [1.3, 0.3, 0.2])
+    room = [width // 2, height // 2]
+    tall, wide = round(scale * height), round(scale * width)
+    top = room[1] + round(height * (0.5 + dy)) - tall // 2
+    left = room[0] + round(width * (0.5 + dx)) - wide // 2
+    padded = images.pad(torch.from_numpy(frame).permute(2, 0, 1), room, padding_mode="edge")
+    cut = images.resized_crop(padded, top, left, tall, wide, [height, width], antialias=True)
+    return cut.permute(1, 2, 0).numpy()
+
+
+def with_fault(dataset: data.TrackletData, fault: str, share: float, split: int) -> data.TrackletData:
+    """The test half with a fault in a run of each tracklet's frames; the same whenever it is asked for."""
+    everybody = [*dataset.query, *dataset.gallery]
+
+    def faulty(tracklet: data.Tracklet) -> data.Tracklet:
+        rng = np.random.default_rng((split, tracklet.pid, tracklet.camera))  # the same run, whatever the fault
+        frames = [np.asarray(frame) for frame in tracklet.frames]
+        others = [t for t in everybody if t.camera == tracklet.camera and t.pid != tracklet.pid]
+        other = [np.asarray(frame) for frame in others[rng.integers(len(others))].frames]
+        for i in run_of(tracklet, share, rng):
+            foreign, half = other[i % len(other)], frames[i].shape[1] // 2
+            if fault == "foreign":
+                frames[i] = foreign
+            elif fault == "occlusion":
+                frames[i] = np.concatenate([foreign[:, :half], frames[i][:, half:]], 1)
+            else:
+                frames[i] = off(frames[i], rng)
+        return dataclasses.replace(tracklet, frames=frames)
+
+    query, gallery = ([faulty(t) for t in side] for side in (dataset.query, dataset.gallery))
+    return data.TrackletData([], query, gallery, name=f"{dataset.name}, {fault} {share}")
+
+
+def key_of(fault: str, share: float) -> str:
+    return f"{fault} {100 * share:.0f} %"
+
+
+@functools.lru_cache(maxsize=1)
+def tests_of(root: str, size: Size, split: int) -> dict[str, data.TrackletData]:
+    dataset = split_of(root, size, split)
+    faults = {key_of(*fault): with_fault(dataset, *fault, split) for fault in size.shares}
+    return {"clean": dataset, **faults}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One training and its tests
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything is."""
+
+    size: Size
+    root: str
+    weights: str  # ImageNet's
+    out: Path
+    device: str = "auto"
+    bars: bool = True
+
+
+def settings_of(plan: Plan, name: str, split: int, rate: int) -> Settings:
+    """Of a variant or of what it starts from; ``rate``: which of ``size.rates``."""
+    size = plan.size
+    variant, single = {**VARIANTS, **STARTS}[name], name in STARTS
+    (lr, factor), epochs = size.rates[rate], size.epochs
+    if name == ENCODER:
+        (lr, factor), epochs = (size.encoder_lr, 1.0), size.encoder_epochs
+    return Settings(
+        data="ward",
+        root=plan.root,
+        split=str(split),
+        model=f"{variant.model}_{size.backbone}",
+        model_options=variant.options,
+        backbone_weights=plan.weights if name == ENCODER else "",
+        criterion=variant.criterion,
+        criterion_options=variant.criterion_options,
+        init=str(place(plan, start_of(name), split, rate)) if name != ENCODER else "",
+        size="x".join(map(str, size.size)),
+        clip_length=1 if single else size.frames,
+        identities=size.identities * (2 if single else 1),
+        clips=8 if single else 2,
+        epochs=0 if name in STILL else epochs,
+        lr=lr,
+        head_lr_factor=factor,
+        lr_factors={f"encoder.backbone.{part}": 0.0 for part in size.frozen},
+        seed=split,
+        eval_untrained=name == ENCODER,
+        save_every=0 if name == ENCODER else 10**6,
+        keep=1,
+        workers=0,
+    )
+
+
+def start_of(name: str) -> str:
+    return STAGE if name != STAGE and VARIANTS[name].model == STARTS[STAGE].model else ENCODER
+
+
+def place(plan: Plan, name: str, split: int, rate: int) -> Path:
+    label = name.replace(": ", "-").replace(" ", "_").replace("'", "")
+    return plan.out / (f"{label}-split{split}" + ("" if name == ENCODER else f"-rate{rate}"))
+
+
+@contextmanager
+def remembering(model: Any) -> Iterator[None]:
+    """The encoder meets every frame once, in however many tests it stands."""
+    known: dict[bytes, Tensor] = {}
+    encode = model.encode_frames
+
+    def remembered(frames: Tensor, flow: Tensor | None = None) -> Tensor:
+        keys = [hashlib.blake2b(frame.cpu().numpy().tobytes(), digest_size=16).digest() for frame in frames]
+        new = {key: i for i, key in enumerate(keys) if key not in known}
+        if new:
+            known.update(zip(new, encode(frames[list(new.values())]), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    model.encode_frames = remembered
+    try:
+        yield
+    finally:
+        del model.encode_frames
+
+
+def measure(job: train.Training, tests: dict[str, data.TrackletData], start: float) -> tuple[dict, Tensor]:
+    """What metrics.json holds: of the clean test in full, of the others mAP and rank-1."""
+    metrics: dict[str, Any] = {"processor_seconds": round(time.process_time() - start, 1), "tests": {}}
+    first = None
+    with remembering(job.model):
+        for key, test in tests.items():
+            queries, gallery = embed_test(job.model, test, job.accelerator, 256, job.shows_progress)
+            found = summary(score(retrieval.distances(queries, gallery, job.model.clip.distance), test))
+            metrics["tests"][key] = {"map": found["map"], "rank1": found["rank1"]}
+            first = first or (found, gallery)
+    assert first is not None
+    metrics["num_features"] = first[1].shape[1]
+    metrics["losses"] = [round(entry["loss"], 4) for entry in job.progress["history"]]  # epoch by epoch
+    return {**metrics, **first[0]}, first[1]
+
+
+def run(plan: Plan, name: str, split: int, rate: int) -> dict:
+    """Trains a variant, and what it starts from where that is not there, and tests it; what is finished is read."""
+    if name != ENCODER and not (place(plan, start_of(name), split, rate) / "metrics.json").exists():
+        run(plan, start_of(name), split, rate)
+    dataset = split_of(plan.root, plan.size, split)
+    tests = {"clean": dataset}
+    if name in VARIANTS and split != plan.size.search:
+        tests = tests_of(plan.root, plan.size, split)
+    job = {"variant": name, "split": split, "rate": rate}
+    evaluate = functools.partial(measure, tests=tests, start=time.process_time())
+    accelerator = common.accelerator_of(plan.device)
+    directory = place(plan, name, split, rate)
+    try:
+        metrics = train.train(
+            directory,
+            dataset,
+            settings_of(plan, name, split, rate),
+            {"split_seed": 0},
+            accelerator,
+            plan.bars,
+            evaluate,
+        )
+    except ValueError as error:
+        if name in STARTS or "loss is" not in str(error):
+            raise
+        return {**job, "failed": str(error).removeprefix(f"{directory}: ")}
+    return {**job, **{key: metrics[key] for key in KEPT if key in metrics}}
+
+
+KEPT = (
+    "tests",
+    "criterion",
+    "distance",
+    "aggregator_parameters",
+    "num_features",
+    "losses",
+    "processor_seconds",
+    "untrained",
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+def run_all(
+    plan: Plan, record: dict, names: Sequence[str], splits: Sequence[int], jobs: int, keep: Callable[[dict], None]
+) -> None:
+    """The search, then split by split; ``record`` gets what is measured, and ``keep`` is called with each new measure.
+
+    The encoder of the next split comes before the variants of this one, so that no process waits for it.
+    """
+    size, search, results = plan.size, record["search"], record["results"]
+    wanted = [
+        (name, size.search, rate)
+        for name in names
+        for rate in range(len(size.rates))
+        if name not in STILL and str(rate) not in search.get(name, {})
+    ]
+    if wanted:
+        wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
+    for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
+        if result["variant"] == ENCODER:
+            record["encoders"][str(result["split"])] = result
+        else:
+            search.setdefault(result["variant"], {})[str(result["rate"])] = result
+        keep(result)
+    wanted = []
+    missing = [
+        [(name, split, best(search, name)) for name in names if str(split) not in results.get(name, {})]
+        for split in splits
+    ]
+    missing = [of_split for of_split in missing if of_split]
+    for i, of_split in enumerate(missing):
+        encoders = [(ENCODER, ahead[0][1], 0) for ahead in (missing[:2] if i == 0 else missing[i + 1 : i + 2])]
+        wanted += [*encoders, *of_split]
+    for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
+        group = record["encoders"] if result["variant"] == ENCODER else results.setdefault(result["variant"], {})
+        group[str(result["split"])] = result
+        keep(result)
+
+
+def best(search: dict, name: str) -> int:
+    """The rate with the highest mAP on the split of the search."""
+    found = {
+        int(rate): result["tests"]["clean"]["map"] for rate, result in search.get(name, {}).items() if "tests" in result
+    }
+    return max(found, key=lambda rate: (found[rate], -rate)) if found else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a person reads
+
+
+def gather(record: dict, names: Sequence[str]) -> tuple[list[int], dict]:
+    """The splits that are whole, and by variant, without those that failed, every measure as a list over these."""
+    results = record["results"]
+    splits = [s for s in record["size"]["splits"] if all(str(s) in results.get(name, {}) for name in names)]
+    variants: dict[str, dict] = {}
+    for name in names if splits else ():
+        runs = [results[name][str(split)] for split in splits]
+        if any("failed" in run for run in runs):
+            continue
+        variants[name] = {
+            key: runs[0][key] for key in ("criterion", "distance", "aggregator_parameters", "num_features")
+        }
+        variants[name]["processor_seconds"] = float(np.mean([run["processor_seconds"] for run in runs]))
+        for metric in ("map", "rank1"):
+            variants[name][metric] = {key: [run["tests"][key][metric] for run in runs] for key in runs[0]["tests"]}
+    return splits, variants
+
+
+def gap(variants: dict, name: str, other: str, key: str = "clean", metric: str = "map") -> str:
+    """The paired difference, where there are both."""
+    if name not in variants or other not in variants or name == other:
+        return ""
+    return signed(*comparison.difference(variants, name, other, key, metric))
+
+
+def main_table(variants: dict, keys: Sequence[str]) -> str:
+    rows = []
+    for name in [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]:
+        row = [name, *(comparison.measured(variants, name, "clean", metric) for metric in ("map", "rank1"))]
+        row += [gap(variants, name, REFERENCE, "clean", metric) for metric in ("map", "rank1")]
+        row += [gap(variants, name, REFERENCE, key) for key in keys if key != "clean"]
+        rows.append([*row, "" if name in STILL else variants[name]["criterion"]])
+    faults = [f"{key}: minus {REFERENCE}" for key in keys if key != "clean"]
+    head = ["", "mAP", "rank-1", f"mAP minus {REFERENCE}", f"rank-1 minus {REFERENCE}", *faults, "loss"]
+    return markdown(head, rows)
+
+
+def faults_table(variants: dict, keys: Sequence[str]) -> str:
+    names = [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]
+    return markdown(
+        ["", *keys], [[name, *(comparison.measured(variants, name, key) for key in keys)] for name in names]
+    )
+
+
+def loss_table(variants: dict) -> str:
+    """Aggregator and loss apart."""
+    rows = []
+    for name in [name for name in SYSTEMS if name in variants]:
+        common_loss, control = f"{name}: common loss", f"mean: {name}'s loss"
+        row = [gap(variants, name, control), gap(variants, common_loss, REFERENCE), gap(variants, control, REFERENCE)]
+        rows.append([name, *row, gap(variants, name, common_loss)])
+    head = ["", "minus mean, both with its loss", "minus mean, both with the common loss"]
+    return markdown([*head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
+
+
+def cost_table(variants: dict) -> str:
+    rows = []
+    for name in [name for name in (*POOLINGS, *SYSTEMS) if name in variants]:
+        own = variants[name]
+        numbers = (f"{own['processor_seconds']:.0f}", f"{own['aggregator_parameters']:,}", str(own["num_features"]))
+        rows.append([name, *numbers, own["distance"]])
+    return markdown(
+        ["", "seconds of training", "parameters of the aggregator", "numbers in an embedding", "distance"], rows
+    )
+
+
+def search_table(record: dict, names: Sequence[str]) -> str:
+    rates = record["size"]["rates"]
+    rows = []
+    for name in [name for name in names if name in record["search"]]:
+        found = record["search"][name]
+        cells = [
+            "failed" if "failed" in found[str(i)] else f"{100 * found[str(i)]['tests']['clean']['map']:.1f}"
+            for i in range(len(rates))
+            if str(i) in found
+        ]
+        cells = [f"**{cell}**" if i == best(record["search"], name) else cell for i, cell in enumerate(cells)]
+        rows.append([name, *cells, *[""] * (len(rates) - len(cells))])
+    return markdown(["", *(f"{lr:g}, new layers x {factor:g}" for lr, factor in rates)], rows)
+
+
+def said(variants: dict, keys: Sequence[str]) -> str:
+    """What the intervals support, test by test."""
+    if REFERENCE not in variants:
+        return ""
+    names = [*POOLINGS, *SYSTEMS]
+    lines = [f"- {key}. {comparison.supported(variants, names, REFERENCE, key)}" for key in keys]
+    pairs = [(name, f"mean: {name}'s loss") for name in SYSTEMS if name in variants]
+    below = [a for a, b in pairs if b in variants and sum(comparison.difference(variants, a, b, "clean")) < 0]
+    held = [a for a, b in pairs if b in variants and a not in below]
+    for what, some in (("Not below", held), ("Below", below)):
+        if some:
+            lines.append(f"- clean, each with its own loss. {what} mean pooling with the same loss: {', '.join(some)}.")
+    return "\n".join(lines)
+
+
+def is_below(variants: dict, name: str, other: str) -> bool:
+    """By the interval, on the clean test."""
+    if name not in variants or other not in variants:
+        return False
+    mean, half = comparison.difference(variants, name, other, "clean")
+    return mean < -half
+
+
+def against_papers(variants: dict) -> str:
+    """Every paper has its system above the average of the frames: which are not, and what the controls say of it."""
+    lines = []
+    for name in [name for name in SYSTEMS if is_below(variants, name, REFERENCE)]:
+        held = []
+        if is_below(variants, f"mean: {name}'s loss", REFERENCE):
+            held.append("mean pooling with its loss is, too, so its loss is a reason")
+        if is_below(variants, f"{name}: common loss", REFERENCE):
+            held.append("it is with the common loss, too, so its aggregator is a reason")
+        why = "; ".join(held) or "no control is, so the reason is not known"
+        lines.append(f"- `{name}` is below mean pooling, against its paper: {why}.")
+    return "\n".join(lines)
+
+
+def before(record: dict) -> str:
+    """ImageNet's weights as they are, and the encoders, on all splits that have one."""
+    splits = [split for split in record["size"]["splits"] if str(split) in record["encoders"]]
+    found = [record["encoders"][str(split)] for split in splits]
+    if not found:
+        return ""
+
+    def cells(measures: list[dict]) -> str:
+        both = [interval([m[metric] for m in measures]) for metric in ("map", "rank1")]
+        return "mAP {}, rank-1 {}".format(*(comparison.with_half(f"{mean:.1f}", half) for mean, half in both))
+
+    untrained, trained = cells([f["untrained"] for f in found]), cells([f["tests"]["clean"] for f in found])
+    which = ", ".join(map(str, splits))
+    return f"Mean pooling on splits {which}: ImageNet's weights as they are, {untrained}; the encoders, {trained}."
+
+
+def text(record: dict, names: Sequence[str]) -> str:
+    size, environment = record["size"], record["environment"]
+    splits, variants = gather(record, names)
+    height, width = size["size"]
+    people = 35
+    batches = size["epochs"] * math.ceil(people / size["identities"])
+    clips = 2 * size["identities"]
+    keys = ["clean", *(key_of(*fault) for fault in size["shares"])]
+    failed = sorted({name for name in names for run in record["results"].get(name, {}).values() if "failed" in run})
+    failures = (
+        f"Not in the tables, because a training's loss was not finite: {', '.join(failed)}.\n\n" if failed else ""
+    )
+    intro = f"""# Comparison on WARD
+
+Each split: 35 people to train on, 35 others to test on, queries of camera 1, gallery of cameras 2 and 3.
+{size["backbone"]} on {height}x{width} frames, from ImageNet's weights; then one encoder for each split, trained on its
+single frames ({size["encoder_epochs"] * 3} batches of 96); from it every variant, {batches} batches of {clips} clips of
+{size["frames"]} frames. The stem and the first three groups of blocks stay frozen. Learning rates: the best of
+{len(size["rates"])} on split {size["search"]}, which is not in the result. GLTR has a first stage of its own on top,
+for the embedding of its frames. What is not called otherwise has the common loss: cross-entropy and batch-hard triplet
+behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is its other half.
+"""
+    device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
+    search = search_table(record, names)
+    search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
+    count = len(size["splits"])
+    if not splits:
+        state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
+        return f"{intro}\n{state}\n{search}\n{device}"
+    return f"""{intro}
+**{len(splits)} of {count} splits are whole** ({", ".join(map(str, splits))}). mAP and rank-1 in %, mean ± half of the
+95 % confidence interval over these splits (Student's t); differences are paired, split by split. The splits share their
+70 people, so the intervals are of the draw of the halves, not of another 70 people. Bold: the interval leaves out zero;
+of twenty such differences one does so by chance. `start` is the common start: the encoder as it is.
+
+{before(record)}
+
+{main_table(variants, keys)}
+
+![mAP of each variant less that of mean pooling, with intervals, for each test](ward.png)
+
+{said(variants, keys)}
+{against_papers(variants)}
+
+{failures}## Aggregator and loss apart
+
+Differences in mAP on the clean test.
+
+{loss_table(variants)}
+
+## With faults in the tracklets
+
+mAP. A run of each tracklet's frames, of queries and gallery: another person of the same camera in its place (foreign),
+over half of it (occlusion), or the box off its person (bad boxes).
+
+{faults_table(variants, keys)}
+
+## What it costs
+
+Seconds of one core for the {batches} batches, GLTR's first stage not counted.
+
+{cost_table(variants)}
+{search}
+{device}"""
+
+
+def figure(record: dict, names: Sequence[str]):
+    """Paired differences from mean pooling with their intervals, a panel for each test."""
+    from matplotlib.figure import Figure
+
+    splits, variants = gather(record, names)
+    keys = ["clean", *(key_of(*fault) for fault in record["size"]["shares"])]
+    rows = [name for name in (*POOLINGS, *SYSTEMS, *SAME_LOSS) if name in variants and name != REFERENCE][::-1]
+    drawing = Figure(figsize=(2.4 * len(keys) + 2, 0.26 * len(rows) + 1.2), layout="constrained")
+    for ax, key in zip(drawing.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
+        for y, name in enumerate(rows):
+            mean, half = comparison.difference(variants, name, REFERENCE, key)
+            clear = abs(mean) > half
+            bar = {"fmt": "o", "color": "#0072b2" if clear else "#999999", "markersize": 4, "elinewidth": 1.3}
+            ax.errorbar([mean], [y], xerr=[half if math.isfinite(half) else 0.0], **bar)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_title(key, fontsize=9)
+        ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        ax.grid(axis="x", alpha=0.25)
+    drawing.supxlabel(f"mAP minus {REFERENCE}, points; 95 % confidence intervals over {len(splits)} splits", fontsize=9)
+    return drawing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
+    parser = common.parser_of(__doc__ or "")
+    parser.add_argument("--root", help="the clone of the data, or the folder of its images")
+    parser.add_argument("--backbone-weights", default="", help="ImageNet's, for timm's mobilenetv2_100")
+    parser.add_argument("--splits", default="", help="some of: 1,2,...,9; default: all")
+    parser.add_argument("--tables", action="store_true", help="write tables and figure of ward.json, train nothing")
+    comparison.add_arguments(parser, "ward", list(VARIANTS))
+    args = parser.parse_args(argv)
+    comparison.check_arguments(parser, args, list(VARIANTS))
+    known = [str(split) for split in (size or Size()).splits]
+    asked = [split.strip() for split in args.splits.split(",") if split.strip()] or known
+    if not set(asked) <= set(known):
+        parser.error(f"--splits must be some of {','.join(known)}, got {args.splits!r}")
+    args.splits = [int(split) for split in known if split in asked]
+    if not args.tables and not args.root:
+        parser.error("--root: where does WARD lie? git clone https://github.com/iN1k1/CVPR2012")
+    return args
+
+
+def read_record(file: Path, size: Size) -> dict:
+    """What was measured before, or nothing yet.
+
+    Raises:
+        ValueError: it is no such record, or one of other settings.
+    """
+    wanted = dataclasses.asdict(size)
+    wanted = {
+        key: list(map(list, v)) if key in ("rates", "shares") else list(v) if isinstance(v, tuple) else v
+        for key, v in wanted.items()
+    }
+    if not file.exists():
+        return {"size": wanted, "environment": {}, "encoders": {}, "search": {}, "results": {}}
+    record = read_json(file)
+    for key in ("size", "environment", "encoders", "search", "results"):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"{file}: {key!r} is missing or no object: it is no record of ward.py.")
+    if record["size"] != wanted:
+        changed = [key for key in wanted if record["size"].get(key) != wanted[key]]
+        raise ValueError(f"{file} was measured with other settings ({', '.join(changed)}): choose another --results.")
+    return record
+
+
+def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
+    size = size or Size()
+    args = parse(sys.argv[1:] if argv is None else argv, size)
+    with common.one_line("ward.py"):
+        args.results.mkdir(parents=True, exist_ok=True)
+        file = args.results / "ward.json"
+        record = read_record(file, size)
+        if not args.tables:
+            record["environment"] = {
+                **common.environment(common.accelerator_of(args.device).device),
+                "command": f"recipes/benchmarks/ward.py --root <clone> --backbone-weights <file> --jobs {args.jobs}",
+                "threads": comparison.threads(args.jobs),
+            }
+
+            def keep(result: dict) -> None:
+                write_json(file, record)
+                report(result)
+
+            plan = Plan(size, args.root, args.backbone_weights, args.out, args.device, args.jobs == 1)
+            run_all(plan, record, args.only, args.splits, args.jobs, keep)
+        write_text(args.results / "ward.md", text(record, args.only))
+        if gather(record, args.only)[0]:
+            draw(args.results / "ward.png", lambda: figure(record, args.only))
+    return record
+
+
+def report(result: dict) -> None:
+    what = f"{result['variant']}, split {result['split']}, rate {result['rate']}"
+    clean = result.get("tests", {}).get("clean")
+    found = (
+        f"mAP {100 * clean['map']:.1f}, rank-1 {100 * clean['rank1']:.1f}" if clean else result.get("failed", "trained")
+    )
+    print(f"{what}: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(main)
