@@ -21,7 +21,7 @@ from .aggregators.gltr import DTP, GLTR, TSA
 from .aggregators.grl import EMU, GCE, GRL, TRL
 from .aggregators.gsta import GSTA, ConvLSTM
 from .aggregators.loga import GCQ, LAQ, LOGA
-from .aggregators.robust import biweight_mean, geometric_median, outlier_mask
+from .aggregators.robust import Purity, biweight_mean, geometric_median, outlier_mask, tracklet_purity
 from .data import Tracklet
 from .export import export_onnx
 from .inference import embed_tracklets
@@ -53,6 +53,7 @@ __all__ = [
     "FrameEncoder",
     "MapKind",
     "Paper",
+    "Purity",
     "SpatialAttention",
     "TemporalAlignment",
     "TemporalAttention",
@@ -81,4 +82,5 @@ __all__ = [
     "register_criterion",
     "rerank",
     "retrieval",
+    "tracklet_purity",
 ]

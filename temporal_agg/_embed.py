@@ -165,6 +165,17 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
 # A run that is not finished
 
 
+class Row(NamedTuple):
+    """What is known of an embedded tracklet."""
+
+    embedding: Tensor  # [D]
+    purity: float | None = None
+    change: int | None = None
+
+
+Rows = dict[tuple[str, str], Row]  # by name, and what the files look like
+
+
 class Finished:
     """The embeddings of finished tracklets: one line of JSON each, in a file beside the output.
 
@@ -177,14 +188,14 @@ class Finished:
         restart: drop what is there if it was made with other settings.
 
     Attributes:
-        rows: the embedding of each tracklet, by its name and what its files look like.
+        rows: of each tracklet, by its name and what its files look like.
 
     Raises:
         ValueError: the file is damaged, or was made with other settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool):
-        self.rows: dict[tuple[str, str], Tensor] = {}
+        self.rows: Rows = {}
         self.path = path
         self.head = json.dumps(settings).encode() + b"\n"
         if path is None or not path.is_file():
@@ -199,14 +210,19 @@ class Finished:
         except OSError as error:
             raise _naming(error, path) from error
 
-    def add(self, keys: Sequence[tuple[str, str]], embeddings: Tensor) -> None:
-        """Keeps the embeddings ``[n, D]`` of n tracklets."""
-        self.rows.update(zip(keys, embeddings, strict=True))
+    def add(self, new: Rows) -> None:
+        """Keeps what is known of some tracklets."""
+        self.rows.update(new)
         if self.path is None:
             return
         rows = (
-            {"name": name, "frames": frames, "embedding": base64.b64encode(row.numpy().astype("<f4")).decode()}
-            for (name, frames), row in zip(keys, embeddings, strict=True)
+            {
+                "name": name,
+                "frames": frames,
+                **{key: value for key, value in row._asdict().items() if value is not None},
+                "embedding": base64.b64encode(row.embedding.numpy().astype("<f4").tobytes()).decode(),
+            }
+            for (name, frames), row in new.items()
         )
         try:
             with open(self.path, "ab") as file:
@@ -216,7 +232,7 @@ class Finished:
             raise _naming(error, self.path) from error
 
 
-def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: bool) -> dict[tuple[str, str], Tensor]:
+def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: bool) -> Rows:
     """What all the processes of a run have finished.
 
     Args:
@@ -224,7 +240,7 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
         settings: what the embeddings depend on.
         foreign: leave files out that were made with other settings, which raise a ValueError otherwise.
     """
-    rows: dict[tuple[str, str], Tensor] = {}
+    rows: Rows = {}
     for path in paths:
         before, found, _ = _read_part(path)
         if before == settings:
@@ -234,9 +250,9 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
     return rows
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str], Tensor], int]:
+def _read_part(path: Path) -> tuple[dict[str, Any] | None, Rows, int]:
     """The settings in a file's first line, the rows in the others, and how many bytes are whole lines."""
-    rows: dict[tuple[str, str], Tensor] = {}
+    rows: Rows = {}
     before, whole, width = None, 0, 0
     if not path.is_file():
         return before, rows, whole
@@ -260,7 +276,12 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str],
                             f"an embedding of {len(embedding)} numbers after one of {width}, or not finite"
                         )
                     key = str(content["name"]), str(content["frames"])
-                    rows[key] = torch.from_numpy(embedding.astype(np.float32))
+                    purity, change = content.get("purity"), content.get("change")
+                    rows[key] = Row(
+                        torch.from_numpy(embedding.astype(np.float32)),
+                        None if purity is None else float(purity),
+                        None if change is None else int(change),
+                    )
                 whole += len(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # of json and base64, too
         what = f"no {error}" if isinstance(error, KeyError) else error
@@ -322,25 +343,30 @@ class Job(NamedTuple):
                     done += 1
                 start = time.monotonic()
                 tracklets = [self.tracklets[i] for i in group]
-                embeddings = embed_tracklets(
+                made = embed_tracklets(
                     self.model, tracklets, frames_per_batch=frames_per_batch, progress=False, **self.options
                 )
+                embeddings, purity = made if isinstance(made, tuple) else (made, None)
                 if wrong := [t.name for t, row in zip(tracklets, embeddings, strict=True) if not row.isfinite().all()]:
                     raise ValueError(
                         f"the embedding of {wrong[0]!r} is not finite: the model's weights or the precision do not fit."
                     )
-                finished.add([self.keys[i] for i in group], embeddings)
+                columns = [embeddings, *((purity.score.tolist(), purity.start.tolist()) if purity else ())]
+                keys = (self.keys[i] for i in group)
+                finished.add(dict(zip(keys, map(Row, *columns), strict=True)))
                 if bar is not None:
                     bar.update(frames)
                 speed = frames / max(time.monotonic() - start, 1e-3)
                 budget = max(frames_per_batch, int(SAVE_EVERY * speed))
 
-    def collect(self, rows: Mapping[tuple[str, str], Tensor], which: Sequence[int]) -> Embeddings:
+    def collect(self, found: Rows, which: Sequence[int]) -> Embeddings:
         """The embeddings of some of the tracklets, in order."""
-        tracklets = [self.tracklets[i] for i in which]
+        tracklets, rows = [self.tracklets[i] for i in which], [found[self.keys[i]] for i in which]
+        purity = [row.purity for row in rows if row.purity is not None]
+        change = [row.change for row in rows if row.change is not None]
         directory = self.source.removeprefix("local-dir:")
         return Embeddings(
-            torch.stack([rows[self.keys[i]] for i in which]),
+            torch.stack([row.embedding for row in rows]),
             [t.name for t in tracklets],
             [t.pid for t in tracklets] if self.known else None,
             [t.camera for t in tracklets] if self.known else None,
@@ -352,6 +378,8 @@ class Job(NamedTuple):
             [self.keys[i][1] for i in which],
             [number(t.frames[0]) for t in tracklets],
             [number(t.frames[-1]) for t in tracklets],
+            purity if len(purity) == len(rows) else None,
+            change if len(change) == len(rows) else None,
         )
 
 
@@ -361,7 +389,7 @@ def prepare(folder: Path, model_name: str, args: argparse.Namespace) -> Job:
     if args.precision != "float32":
         options["precision"] = args.precision
     if args.reject_outliers:
-        options["reject_outliers"] = True
+        options |= {"reject_outliers": True, "return_purity": True}
     model = load_model(model_name, args.backbone_pretrained)
     settings = settings_of(model) | {"precision": args.precision, "reject_outliers": args.reject_outliers}
     uses_flow = getattr(model.encoder, "uses_flow", False)

@@ -45,6 +45,7 @@ STDOUT = "the standard output"
 WAIT = 0.2  # seconds between two looks at a lock that another process of the same run has
 COSINE_THRESHOLD = 0.3  # of link
 CHECKED = 16  # rows of a gallery that are looked up in its index
+IMPURE = 3  # tracklets that embed names
 MEASURED = 1000  # rows that the recall of an index is measured with
 MODEL = "a directory of save_pretrained or recipes/train.py, hf-hub:<owner>/<repo>[@<revision>], or a released name"
 OutOfMemory = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError  # torch 2.0 has the latter only
@@ -148,6 +149,15 @@ def join(
             time.sleep(WAIT)
     labels = "with identities and cameras" if found.pids else "without identities"
     say(f"{output}: {len(found.names)} embeddings of {found.embeddings.shape[1]} numbers, {labels}.")
+    if found.purity:
+        say(least_pure(found))
+
+
+def least_pure(found: Embeddings) -> str:
+    """The tracklets that most look like two people, for somebody to look at."""
+    rows = sorted(zip(found.purity or [], found.names, found.change or [], strict=True))
+    worst = ", ".join(f"{printable(name)} ({p:.2f}, from frame {k} on)" for p, name, k in rows[:IMPURE] if k >= 0)
+    return f"two people in one tracklet? Look first at {worst}." if worst else "no tracklet has frames enough for two."
 
 
 def run_search(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .data.tracklet import check_tracklets
 from .models.inputs import fastest_memory_format
 
 if TYPE_CHECKING:
+    from .aggregators.robust import Purity
     from .models import TrackletModel
 
 __all__ = ["FrameRunner", "Precision", "allowed_cores", "embed_tracklets"]
@@ -38,6 +39,7 @@ LONG_RUN = 10  # seconds: runs that take longer say where the time went
 _logger = logging.getLogger(__name__)
 
 
+@overload
 def embed_tracklets(
     model: "TrackletModel",
     tracklets: Sequence[Tracklet],
@@ -48,7 +50,37 @@ def embed_tracklets(
     progress: bool = True,
     num_workers: int | None = None,
     reject_outliers: bool = False,
-) -> Tensor:
+    return_purity: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def embed_tracklets(
+    model: "TrackletModel",
+    tracklets: Sequence[Tracklet],
+    *,
+    frames_per_batch: int = 256,
+    precision: Precision = "float32",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    num_workers: int | None = None,
+    reject_outliers: bool = False,
+    return_purity: Literal[True],
+) -> "tuple[Tensor, Purity]": ...
+
+
+def embed_tracklets(
+    model: "TrackletModel",
+    tracklets: Sequence[Tracklet],
+    *,
+    frames_per_batch: int = 256,
+    precision: Precision = "float32",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    num_workers: int | None = None,
+    reject_outliers: bool = False,
+    return_purity: bool = False,
+) -> "Tensor | tuple[Tensor, Purity]":
     """Embeds whole tracklets, cut into clips as ``model.clip`` says.
 
     A tracklet's embedding is the mean of its clips' embeddings, not normalised before. Every frame that a clip needs is
@@ -79,9 +111,12 @@ def embed_tracklets(
         reject_outliers: leave out the frames that show somebody else than most of the tracklet's frames do, as
             :func:`~temporal_agg.aggregators.robust.outlier_mask` judges by their average-pooled features: they are
             masked, for any aggregator. The features of a whole tracklet are then kept until it has been judged.
+        return_purity: also return how much like two people each tracklet looks, and where the second one would be, as
+            :func:`~temporal_agg.aggregators.robust.tracklet_purity` judges by the same features.
 
     Returns:
-        float32 ``[N, D]`` on the CPU, in the order of the tracklets.
+        float32 ``[N, D]`` on the CPU, in the order of the tracklets; and the :class:`Purity`, whose places are the
+        frames' numbers in the tracklet, from 0 on.
 
     Raises:
         TypeError: no :class:`TrackletModel`, or no list of tracklets.
@@ -111,8 +146,9 @@ def embed_tracklets(
     runner.to(device)
     reader = _Reader(tracklets, plan, runner, min(8, allowed_cores()) if num_workers is None else num_workers)
     start = time.perf_counter()
+    judges = _Judges(plan, reject_outliers, return_purity)
     with runner.running(), frames_bar(len(plan.frames), progress) as bar, closing(reader.batches(bar)) as batches:
-        out = _embed(model, plan, _Features(runner, batches), frames_per_batch, reject_outliers)
+        out = _embed(model, plan, _Features(runner, batches), frames_per_batch, judges)
     seconds = time.perf_counter() - start
     _logger.log(
         logging.INFO if seconds > LONG_RUN else logging.DEBUG,
@@ -124,7 +160,8 @@ def embed_tracklets(
         len(plan.frames) / seconds,
         100 * reader.waited / seconds,
     )
-    return out.clone()  # outside inference mode
+    out = out.clone()  # outside inference mode
+    return (out, judges.purity()) if return_purity else out
 
 
 class FrameRunner:
@@ -395,25 +432,55 @@ class _Features:
             yield chunk
             del chunk
 
-    def trusted(self, first: int, stop: int) -> Tensor:
-        """Which frames of a tracklet show whom most of its frames show: bool on the CPU."""
-        from .aggregators.robust import outlier_mask
-
+    def vectors(self, first: int, stop: int) -> Tensor:
+        """The average-pooled features ``[1, t, C]`` of successive frames."""
         self.read(stop)
         vectors = [x.mean((2, 3)) if x.dim() == 4 else x for x, _ in self.kept]
-        return outlier_mask(_join(vectors)[first - self.start : stop - self.start][None])[0].to(CPU)
+        return _join(vectors)[first - self.start : stop - self.start][None]
 
 
-def _embed(
-    model: "TrackletModel", plan: _Plan, features: _Features, frames_per_batch: int, reject_outliers: bool
-) -> Tensor:
+class _Judges:
+    """What is said of whole tracklets: which of the plan's frames count, and how pure each tracklet is."""
+
+    def __init__(self, plan: _Plan, reject: bool, purity: bool):
+        self.reject, self.needed = reject, reject or purity
+        self.wants_purity = purity
+        self.frames = plan.frames
+        self.ends = plan.owners.bincount(minlength=len(plan.clips)).cumsum(0).tolist()
+        self.trusted = torch.ones(len(plan.frames), dtype=torch.bool, device=CPU)
+        self.found: list[Purity] = []
+        self.judged = 0  # tracklets
+
+    def judge(self, last: int, features: _Features) -> None:
+        """The tracklets up to this one."""
+        from .aggregators.robust import outlier_mask, tracklet_purity
+
+        while self.judged <= last:
+            start, stop = (self.ends[self.judged - 1] if self.judged else 0), self.ends[self.judged]
+            vectors = features.vectors(start, stop)
+            if self.reject:
+                self.trusted[start:stop] = outlier_mask(vectors)[0].to(CPU)
+            if self.wants_purity:
+                self.found.append(self._placed(tracklet_purity(vectors), start))
+            self.judged += 1
+
+    def _placed(self, found: "Purity", first: int) -> "Purity":
+        """With the frames' numbers in the tracklet, of which a clip may have left some out."""
+        if found.start < 0:
+            return found
+        return found._replace(start=self.frames[first + found.start], stop=self.frames[first + found.stop - 1] + 1)
+
+    def purity(self) -> "Purity":
+        from .aggregators.robust import Purity
+
+        return Purity(*(torch.cat(parts).clone() for parts in zip(*self.found, strict=True)))
+
+
+def _embed(model: "TrackletModel", plan: _Plan, features: _Features, frames_per_batch: int, judges: _Judges) -> Tensor:
     """The mean of each tracklet's clips."""
     calls = plan.calls
     out = torch.zeros(len(plan.clips), model.num_features, dtype=torch.float32, device=CPU)
     count = plan.clips.clone()
-    trusted = torch.ones(len(plan.frames), dtype=torch.bool, device=CPU)
-    ends = plan.owners.bincount(minlength=len(plan.clips)).cumsum(0).tolist()
-    judged = 0  # tracklets
     # The first frame that a call or any later one needs: everything before it can go.
     needed = torch.stack([call.frames.min() for call in calls]).flip(0).cummin(0).values.flip(0).tolist()
     needed.append(sys.maxsize)
@@ -422,11 +489,10 @@ def _embed(
         features.drop(needed[k])
         owners, frames, mask = call
         first, last = int(frames.min()), int(frames.max()) + 1
-        if reject_outliers:
-            while judged <= int(owners.max()):
-                start, judged = (ends[judged - 1] if judged else 0), judged + 1
-                trusted[start : ends[judged - 1]] = features.trusted(start, ends[judged - 1])
-            mask = mask & trusted[frames]
+        if judges.needed:
+            judges.judge(int(owners.max()), features)
+        if judges.reject:
+            mask = mask & judges.trusted[frames]
             some = mask.any(1)  # a clip of nobody but others is left out
             count.index_add_(0, owners[~some], torch.full_like(owners[~some], -1))
             owners, frames, mask = owners[some], frames[some], mask[some]
@@ -436,7 +502,7 @@ def _embed(
             model.aggregator.supports_streaming
             and frames.shape[1] > frames_per_batch
             and bool(mask.all())
-            and not reject_outliers
+            and not judges.needed
             and torch.equal(frames[0], torch.arange(first, last, device=CPU))
             and needed[k + 1] >= last  # no later call wants these frames
         ):

@@ -143,6 +143,16 @@ class TrackletStream(Generic[Id]):
         """The ids of all tracks, and their embeddings, float32 ``[N, D]`` on the CPU."""
         return list(self._tracks), self._read(list(self._tracks.values()))
 
+    def nbytes(self, track: Id) -> int:
+        """How much memory a track's state takes, and the features and images that it keeps.
+
+        Raises:
+            KeyError: no such track.
+        """
+        kept = self._track(track)
+        tensors = [*(kept.state or ()), kept.total, *(x for frame in kept.frames for x in frame)]
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
     def drop(self, track: Id) -> None:
         """Forgets a track.
 

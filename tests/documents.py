@@ -15,6 +15,8 @@ from temporal_agg import cli
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {  # a script that is not here takes no argument
+    "recipes/benchmarks/mot.py": "parse",
+    "recipes/benchmarks/robust.py": "parse",
     "recipes/benchmarks/speed.py": "parse",
     "recipes/compute_flow.py": "arguments",
     "recipes/evaluate.py": "parse",

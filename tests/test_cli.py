@@ -572,6 +572,27 @@ def test_tilde_is_expanded(models, folder, tmp_path, monkeypatch):
     assert (tmp_path / "out.npz").exists()
 
 
+def test_the_least_pure_tracklets_are_named(embed, models, folder, tmp_path, capsys):
+    """Purity and the place of change are columns of the store, also of what a killed run had finished."""
+    other = sorted((folder / "0002" / "-1_c").iterdir())
+    for image, foreign in zip(sorted((folder / "0001" / "2_b").iterdir())[3:], other, strict=False):
+        image.write_bytes(foreign.read_bytes())
+    code, found = embed("--reject-outliers")
+    assert code == 0
+    items = [
+        temporal_agg.Tracklet([folder / n / f"{i}.png" for i in range(1, LENGTHS[n] + 1)], 0) for n in found["names"]
+    ]
+    model = temporal_agg.create_model(f"local-dir:{models / 'first'}")
+    rows, purity = temporal_agg.embed_tracklets(model, items, progress=False, reject_outliers=True, return_purity=True)
+    np.testing.assert_allclose(found["embeddings"], rows, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["purity"], purity.score, atol=1e-5)
+    assert found["change"].tolist() == purity.start.tolist()
+    assert found["change"].tolist() == [-1, 3, -1, found["change"][3], -1]  # three tracklets are too short
+    assert "Look first at 0001/2_b (0." in (said := capsys.readouterr().err.splitlines()[-1])
+    assert "from frame 3 on), 0002/-1_c (" in said
+    assert "purity" not in embed(output="plain.npz")[1]
+
+
 def test_options_reach_embed_tracklets_and_the_key(embed, monkeypatch, tmp_path, capsys):
     seen = []
 

@@ -16,6 +16,7 @@ from versions import BEGIN, needs_torch
 
 from temporal_agg import inference
 from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggregators
+from temporal_agg.aggregators.robust import tracklet_purity
 from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
 from temporal_agg.inference import allowed_cores, embed_tracklets
 from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel
@@ -600,3 +601,24 @@ def test_frames_of_somebody_else_are_rejected(name, clip, whole_batches):
             if item is items[0]:
                 assert not good[9:15].any()
     torch.testing.assert_close(got, torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reject", [False, True])
+@pytest.mark.parametrize(
+    "clip", [ClipConfig(4), ClipConfig(8, test_sampling="all"), ClipConfig(12, test_sampling="even")]
+)
+def test_purity_is_that_of_the_frames_in_use(clip, reject):
+    """Its places are numbers of the tracklet's frames, also where clips leave frames out."""
+    model, items = build("mean", clip), tracklets((9, 40, 3, 16))
+    options = {"frames_per_batch": 5, "reject_outliers": reject}
+    got, purity = embed(model, items, return_purity=True, **options)
+    torch.testing.assert_close(got, embed(model, items, **options))
+    transform = ClipTransform.for_model(model)
+    for i, item in enumerate(items):
+        used = clip.cut(len(item))[0].unique()
+        with torch.no_grad():
+            want = tracklet_purity(model.frame_features(transform(item.load(used.tolist())))[0][None])
+        torch.testing.assert_close(purity.score[i], want.score[0])
+        if want.start >= 0:
+            want = want._replace(start=used[want.start], stop=used[want.stop - 1] + 1)
+        assert (purity.start[i], purity.stop[i]) == (want.start, want.stop)

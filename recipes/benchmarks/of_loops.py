@@ -75,6 +75,41 @@ def alone(encoder: torch.nn.Module, batches: Sequence[torch.Tensor]) -> None:
         encoder(batch)
 
 
+def stream_command(args: argparse.Namespace) -> dict:
+    """Tracks by TrackletStream, one crop of each at a time and all embeddings read, against the backbone alone."""
+    torch.set_num_threads(args.threads)
+    height, width = common.image_size(args.size)
+    rng, rows = np.random.default_rng(0), []
+    sides = [rng.integers(side // 2, 2 * side, args.tracks) for side in (height, width)]  # as a detector's boxes are
+    crops = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in zip(*sides, strict=True)]
+    for name in args.models:
+        print(f"time: stream {name}", file=sys.stderr, flush=True)
+        model = temporal_agg.create_model(name, img_size=(height, width)).eval().to(args.device)
+        stream: temporal_agg.TrackletStream[int] = temporal_agg.TrackletStream(model)
+        bare = fastest(copy.deepcopy(model)).encoder
+        frames = torch.randn(args.tracks, 3, height, width, device=args.device)
+        works = {
+            "ours": Call(partial(grow, stream, crops, args.steps)),
+            "backbone": Call(partial(alone, bare, frames.split(stream.runner.size) * args.steps)),
+        }
+        rows.append(row_of(name, milliseconds(works, False, args), frames=args.tracks * args.steps))
+        rows[-1]["bytes a track"] = stream.nbytes(0)
+    result = result_of("stream", args, rows)
+    print(heading(result))
+    lines = [["", "a frame of the video, ms", "backbone, ms", "times the backbone", "bytes a track"]]
+    for row in rows:
+        ms = [f"{value / args.steps:.1f}" for value in row["ms"].values()]
+        lines.append([row["name"], *ms, f"{1 / row['speedup']['backbone']:.3f}", str(row["bytes a track"])])
+    print(common.layout(lines))
+    return result
+
+
+def grow(stream: temporal_agg.TrackletStream[int], crops: list[np.ndarray], steps: int) -> None:
+    for _ in range(steps):
+        stream.update(crops, range(len(crops)))
+        stream.embeddings()
+
+
 def train_command(args: argparse.Namespace) -> dict:
     """Steps of train.py (loader, transfer, bookkeeping) against a bare loop over batches that are there already."""
     torch.set_num_threads(args.threads)

@@ -92,6 +92,7 @@ def table(rows: list[tuple[str, str, float, float, bool]]) -> str:
 
 TITLES = {
     "embed": "Embedding: `embed_tracklets` against the bare backbone, frames a second",
+    "stream": "Tracks that grow: `TrackletStream` of 50 tracks against the bare backbone, milliseconds",
     "train": "Training: a step of `recipes/train.py` against a bare loop, milliseconds",
     "long": "One long tracklet: `embed_tracklets` against mean pooling, milliseconds; memory beside model and frames",
     "aggregators": "Aggregators against mean pooling and the papers' formulas taken literally, milliseconds",

@@ -10,6 +10,7 @@
     python recipes/benchmarks/speed.py retrieval --structure random --skip-dense --device cuda
     python recipes/benchmarks/speed.py embed --models resnet50,mobilenetv2_100   # against the bare backbone
     python recipes/benchmarks/speed.py train --models resnet50@256x128           # against a bare loop
+    python recipes/benchmarks/speed.py stream                                    # 50 tracks against the bare backbone
     python recipes/benchmarks/speed.py long --names gltr,robust --frames 20000   # one tracklet, time and memory
     python recipes/benchmarks/speed.py search --sizes 1000x200000 --dims 512     # against the matrix product
     python recipes/benchmarks/speed.py all --out mine.json                       # each of them, in one file
@@ -33,9 +34,10 @@ are random: clustered, an identity's centre with noise of 3 times its spread (at
 mAP is near 75%); or without any structure, where rankings have hubs, items that are near to very many.
 
 embed: whole tracklets in memory, against the backbone on frames that are normalised already, its weights in the memory
-format that suits it. train: steps of train.py without checkpoints, loader and all, against forward, backward and step
-on batches that are there. long: one tracklet, against mean pooling; its memory is what comes on top of model and
-frames. search: the k nearest by cosine, against the product of both matrices.
+format that suits it. stream: a crop of each of many tracks, in sizes of their own, at a time, and the embedding of
+every track after it, against the same backbone on as many frames. train: steps of train.py without checkpoints, loader
+and all, against forward, backward and step on batches that are there. long: one tracklet, against mean pooling; its
+memory is what comes on top of model and frames. search: the k nearest by cosine, against the product of both matrices.
 
 compare takes ratios where a run has them, so that files of two machines can be compared; the noise is that of the runs.
 
@@ -55,7 +57,7 @@ import common
 import results_of_speed
 import torch
 from measuring import peak_command
-from of_loops import embed_command, long_command, train_command
+from of_loops import embed_command, long_command, stream_command, train_command
 from of_models import aggregators_command
 from of_retrieval import retrieval_command, search_command
 
@@ -181,6 +183,15 @@ def add_others(commands) -> None:
     add_common(sub, repeats=1)
     sub.set_defaults(command=long_command, dtype="float32")
     sub = commands.add_parser(
+        "stream", help=stream_command.__doc__, description=stream_command.__doc__, formatter_class=kind
+    )
+    sub.add_argument("--models", default="mean_resnet18,attention_resnet18,gltr_resnet18", help="models, by comma")
+    sub.add_argument("--size", default="256x128", help="height x width of a frame in pixels")
+    sub.add_argument("--tracks", type=int, default=50, help="how many")
+    sub.add_argument("--steps", type=int, default=1, help="frames of the video in a timed run")
+    add_common(sub, repeats=7)
+    sub.set_defaults(command=stream_command, dtype="float32")
+    sub = commands.add_parser(
         "search", help=search_command.__doc__, description=search_command.__doc__, formatter_class=kind
     )
     sub.add_argument("--sizes", default="1000x200000", help="queries x gallery, by comma")
@@ -220,6 +231,7 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
 
 PARTS = {  # what "all" measures, and what of it in little
     "embed": ("--tracklets 8 --repeats 4", "--models resnet10t --size 64x32 --tracklets 4 --repeats 2"),
+    "stream": ("", "--models mean_resnet10t --size 64x32 --tracks 5 --repeats 2"),
     "train": ("--identities 4 --repeats 3", "--models resnet10t --size 64x32 --repeats 2"),
     "long": ("", "--names mean --frames 50 --backbone resnet10t --no-memory"),
     "aggregators": (

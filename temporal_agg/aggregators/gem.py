@@ -1,6 +1,6 @@
 """GeM over time: the generalised mean of the frame vectors.
 
-Radenović, Tolias, Chum: Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2018, Sec. 3.2.
+Radenović, Tolias, Chum: Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2018.
 
 The paper pools the places of a map; here the frames of a clip are pooled, each an average-pooled vector (ours). p = 1
 is the mean, and p to infinity the maximum.
@@ -28,7 +28,7 @@ PAPER = Paper(
 
 @register_aggregator("gem", clip=ClipConfig(length=4), paper=PAPER)
 class GeM(Aggregator):
-    """f_c = (mean over the real frames of x_c^p)^(1/p), D = C (Eq. 3).
+    """f_c = (mean over the real frames of x_c^p)^(1/p), D = C.
 
     Values below ``eps`` count as ``eps``: the features are those behind a ReLU, as the paper has them; of others, what
     is negative is lost. A frame's weight is its share of the sum, the mean over the channels.
@@ -36,7 +36,7 @@ class GeM(Aggregator):
     Args:
         in_features: C.
         p: the exponent at the start; the paper's is 3.
-        learn: whether p is trained. One for all channels, as in the paper.
+        learn: whether p is trained. It is one for all channels; the paper's formula has one for each.
         eps: the smallest value that counts.
 
     Raises:

@@ -1,6 +1,6 @@
 """NAN: two cascaded attention blocks over the frame vectors, blind to their order.
 
-Yang, Ren, Zhang, Chen, Wen, Li, Hua: Neural Aggregation Network for Video Face Recognition, CVPR 2017, Sec. 2.2.
+Yang, Ren, Zhang, Chen, Wen, Li, Hua: Neural Aggregation Network for Video Face Recognition, CVPR 2017.
 
 The paper aggregates face features of unit length; here the vectors are taken as they come (ours).
 """
@@ -28,7 +28,7 @@ PAPER = Paper(
 class NAN(Aggregator):
     """Block 0 weighs the frames by a learned kernel q0, block 1 by a kernel made of block 0's result; D = C.
 
-    Block: e_k = q . f_k, a = softmax(e), r = sum_k a_k f_k (Eqs. 1-3). Between them q1 = tanh(W r0 + b) (Eq. 4). The
+    Block: e_k = q . f_k, a = softmax(e), r = sum_k a_k f_k. Between them q1 = tanh(W r0 + b). The
     embedding is r1, and the frame weights are its a. q0, W and b start at zero, so that the embedding starts as the
     mean (ours).
 
@@ -53,9 +53,9 @@ class NAN(Aggregator):
 
     def _attend(self, f: Tensor, mask: Tensor) -> Details:
         r0 = weighted_sum(f, masked.softmax(self.score(f).squeeze(-1), mask))
-        q1 = self.kernel(r0).tanh()  # Eq. 4
-        a = masked.softmax(torch.einsum("btc,bc->bt", f, q1.to(f.dtype)), mask)  # Eqs. 2, 3
-        return Details(weighted_sum(f, a), mask, a, {}, {})  # Eq. 1
+        q1 = self.kernel(r0).tanh()
+        a = masked.softmax(torch.einsum("btc,bc->bt", f, q1.to(f.dtype)), mask)
+        return Details(weighted_sum(f, a), mask, a, {}, {})
 
     def _begin(self, batch: int, like: Tensor) -> Frames:
         return Frames.begin(batch, self.in_features, like)

@@ -78,6 +78,10 @@ class SyntheticTracklet:
         story = _Story(self)
         return [torch.from_numpy(story.draw(int(i))).permute(2, 0, 1) for i in indices]
 
+    def struck(self, fault: str) -> list[bool]:
+        """Which of the frames one of ``FAULTS`` strikes."""
+        return list(_Story(self).events[fault]["hit"])
+
 
 def synthetic_data(
     num_identities: int = 40,

@@ -3,11 +3,12 @@
 Both kinds hold the fields of :class:`Embeddings` under their names; those that are None are left out. In an npz file
 each is an array: numbers as they are, text as numpy's ``U``, what is said once as an array without dimensions. In a
 Parquet file (``pip install temporal-agg[parquet]``) what is said of each tracklet is a column (``name``, ``embedding``,
-``pid``, ``camera``, ``start``, ``end``, ``frames``), and what is said once is JSON in the schema's metadata under
-``temporal-agg``. A name that is no UTF-8 makes ``name`` a column of bytes.
+``pid``, ``camera``, ``start``, ``end``, ``frames``, ``purity``, ``change``), and what is said once is JSON in the
+schema's metadata under ``temporal-agg``. A name that is no UTF-8 makes ``name`` a column of bytes.
 """
 
 import json
+import math
 import os
 import zipfile
 from collections import Counter
@@ -30,9 +31,10 @@ INFLATED = 100  # times the size of a file on the disk that its content may take
 ALWAYS = 1 << 24  # bytes that it may take anyway
 KEY = b"temporal-agg"
 COLUMNS = {"names": "name", "embeddings": "embedding", "pids": "pid", "cameras": "camera"}  # others: the field's name
-NUMBERS, TEXTS = ("pids", "cameras", "start", "end"), ("names", "frames")
+NUMBERS, TEXTS = ("pids", "cameras", "start", "end", "change"), ("names", "frames")
+UNKNOWN: dict[str, Any] = {**dict.fromkeys(NUMBERS, -1), "frames": "", "purity": math.nan}
 ONCE = {"distance": str, "model": str, "backbone_pretrained": bool, "fingerprint": str, "normalized": bool}
-DEFAULTS: dict[str, Any] = {"normalized": False, **dict.fromkeys(("pids", "cameras", "frames", "start", "end"))}
+DEFAULTS: dict[str, Any] = {"normalized": False, **dict.fromkeys(UNKNOWN)}
 
 
 class Embeddings(NamedTuple):
@@ -51,6 +53,9 @@ class Embeddings(NamedTuple):
         frames: what the files of each tracklet looked like (names, sizes, times); "" = unknown.
         start: the number in the file name of each tracklet's first frame, -1 where there is none.
         end: the same of its last frame.
+        purity: how little each tracklet looks like two people, -1 to 1 (:func:`~temporal_agg.tracklet_purity`), NaN =
+            unknown; None = unknown for all.
+        change: the place, from 0 on, of the frame from which it would show the second one, -1 = unknown.
     """
 
     embeddings: Tensor
@@ -65,6 +70,8 @@ class Embeddings(NamedTuple):
     frames: list[str] | None = None
     start: list[int] | None = None
     end: list[int] | None = None
+    purity: list[float] | None = None
+    change: list[int] | None = None
 
 
 def write_embeddings(path: str | os.PathLike, found: Embeddings) -> None:
@@ -139,12 +146,11 @@ def merge_embeddings(*parts: Embeddings) -> Embeddings:
             "holds both: its tracklets are named by their paths in it."
         )
     columns: dict[str, Any] = {}
-    for field in (*NUMBERS, "frames"):
+    for field, unknown in UNKNOWN.items():
         values = [getattr(part, field) for part in parts]
-        unknown = [""] if field == "frames" else [-1]
         if any(value is not None for value in values):
             pairs = zip(parts, values, strict=True)
-            columns[field] = [x for part, value in pairs for x in (value or unknown * len(part.names))]
+            columns[field] = [x for part, value in pairs for x in (value or [unknown] * len(part.names))]
     embeddings = torch.cat([part.embeddings for part in parts])
     return first._replace(embeddings=embeddings, names=names, **columns)
 
@@ -182,7 +188,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
         arrays = {key: stored[key] for key in Embeddings._fields if key in stored.files}
     fields: dict[str, Any] = {}
     for key, array in arrays.items():
-        kinds, dimensions = ("f", 2) if key == "embeddings" else ("iu", 1) if key in NUMBERS else ("U", 1)
+        kinds = "f" if key in ("embeddings", "purity") else "iu" if key in NUMBERS else "U"
+        dimensions = 2 if key == "embeddings" else 1
         if key in ONCE:
             kinds, dimensions = "b" if ONCE[key] is bool else "U", 0
         if array.dtype.kind not in kinds or array.ndim != dimensions:
@@ -238,9 +245,10 @@ def _column(pa: Any, key: str, column: "pyarrow.ChunkedArray") -> Any:
                 raise ValueError(f"{key} have different lengths")
             rows.append(values.reshape(len(chunk), width))
         return _tensor(np.concatenate(rows) if rows else np.empty((0, 0), np.float32))
-    if key in NUMBERS:
-        if not pa.types.is_integer(kind):
-            raise ValueError(f"{key} should be integers, got {kind}")
+    if key in NUMBERS or key == "purity":
+        fits, what = (pa.types.is_integer, "integers") if key in NUMBERS else (pa.types.is_floating, "floating-point")
+        if not fits(kind):
+            raise ValueError(f"{key} should be {what}, got {kind}")
         return column.to_pylist()
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
         raise ValueError(f"{key} should be text, got {kind}")
@@ -260,7 +268,7 @@ def _write_parquet(path: Path, found: Embeddings) -> None:
             texts = [text.encode("utf-8", "surrogateescape") for text in value]
             value = pa.array(texts if any(_foreign(text) for text in value) else value)
         else:
-            value = pa.array(value, pa.int64())
+            value = pa.array(value, pa.int64() if key in NUMBERS else pa.float64())
         columns[COLUMNS.get(key, key)] = value
     about = {key: getattr(found, key) for key in ONCE}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about).encode()})
@@ -301,7 +309,7 @@ def _check(found: Embeddings, what: str) -> None:
     shape = list(found.embeddings.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{what} should have embeddings [N, D], at least one, got {shape}")
-    for field in (*TEXTS, *NUMBERS):
+    for field in ("names", *UNKNOWN):
         values = getattr(found, field)
         if values is not None and len(values) != shape[0]:
             raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")

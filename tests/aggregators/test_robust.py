@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from temporal_agg import biweight_mean, create_aggregator, geometric_median, outlier_mask
+from temporal_agg import biweight_mean, create_aggregator, geometric_median, outlier_mask, tracklet_purity
+from temporal_agg.aggregators import robust
 
 B, T, C = 3, 9, 4
 MASK = torch.tensor(
@@ -118,7 +119,7 @@ def test_foreign_frames_are_not_believed(share):
     x, foreign, own = people(share)
     details = create_aggregator("robust", 32)(x, return_details=True)
     assert details.frame_weights[foreign].abs().max() < 1e-3
-    assert torch.equal(outlier_mask(x), details.frame_weights > 0)
+    assert torch.equal(outlier_mask(x, c=2.0), details.frame_weights > 0)
     assert not outlier_mask(x)[foreign].any()
     assert torch.cosine_similarity(details.embedding, own).min() > 0.98
     assert torch.cosine_similarity(create_aggregator("mean", 32)(x), own).min() < 0.98
@@ -149,3 +150,50 @@ def test_errors_say_what_came():
             create_aggregator("robust", 8, **wrong)
     with pytest.raises(ValueError, match="c must be a number, got nan"):
         create_aggregator("robust", 8, c=float("nan"))
+
+
+def literal_purity(frames, least):
+    """Every way to cut, one after the other."""
+    n, found = len(frames), (-math.inf, 1.0, -1, -1)
+    frames = [f / f.norm() for f in frames]
+    for start in range(1, n):
+        for stop in range(start + least, n + 1):
+            run, rest = frames[start:stop], frames[:start] + frames[stop:]
+            if len(rest) < least:
+                continue
+            means = [sum(part) / len(part) for part in (run, rest)]
+            within = sum(math.dist(f, m) ** 2 for part, m in zip((run, rest), means, strict=True) for f in part)
+            if -within > found[0] + 1e-9:
+                found = (-within, float(torch.cosine_similarity(*means, dim=0)), start, stop)
+    return found[1:]
+
+
+@pytest.mark.parametrize("pairs", [1 << 22, 50])
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_purity_is_its_definition(least, pairs, monkeypatch):
+    monkeypatch.setattr(robust, "PAIRS", pairs)
+    x = random(6, T, C, seed=3)
+    mask = torch.cat([MASK, MASK.flip(1)])
+    x[~mask] = float("nan")
+    got = tracklet_purity(x, mask, least)
+    for b, frames in enumerate(split(x, mask)):
+        score, start, stop = literal_purity(frames, least)
+        assert got.score[b] == pytest.approx(score, abs=1e-6)
+        real = mask[b].nonzero().flatten().tolist()
+        assert (got.start[b], got.stop[b]) == ((-1, -1) if start < 0 else (real[start], real[stop - 1] + 1))
+
+
+def test_purity_knows_a_second_person_and_the_place():
+    """The run of another person's frames, to the frame; a track that changes hands does it at ``start``."""
+    x, _, _ = people(0.3)
+    one, _, _ = people(0.0)
+    found = tracklet_purity(x)
+    assert found.score.max() < tracklet_purity(one).score.min() - 0.3
+    assert set(zip(found.start.tolist(), found.stop.tolist(), strict=True)) == {(3, 9)}
+    rolled = tracklet_purity(x.roll(-3, 1))  # the foreign frames come first
+    assert set(zip(rolled.start.tolist(), rolled.stop.tolist(), strict=True)) == {(6, 20)}
+    torch.testing.assert_close(rolled.score, found.score)
+    torch.testing.assert_close(tracklet_purity(7 * x[..., None, None].expand(-1, -1, -1, 3, 2)).score, found.score)
+    assert tracklet_purity(x[:, :1].expand(-1, 9, -1)).score.sub(1).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="least must be at least 1 frame, got 0"):
+        tracklet_purity(x, least=0)

@@ -147,3 +147,18 @@ def test_errors():
         synthetic_data(length=(9, 5))
     with pytest.raises(IndexError, match="frames 0 to 23, got 24"):
         tracklet().load([24])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_frames_that_are_not_struck_are_the_clean_ones(fault):
+    (clean, *_), (faulty, *_) = (
+        synthetic_data(num_identities=4, num_cameras=2, length=(12, 12), faults=faults, size=(32, 16)).gallery
+        for faults in ({}, {fault: 1.0})
+    )
+    same = [torch.equal(a, b) for a, b in zip(clean.load(range(12)), faulty.load(range(12)), strict=True)]
+    struck = faulty.struck(fault)
+    assert any(struck)
+    assert not all(struck)
+    assert all(equal for equal, hit in zip(same, struck, strict=True) if not hit)
+    assert not all(same)
+    assert not any(clean.struck(fault))

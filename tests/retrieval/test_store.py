@@ -1,4 +1,5 @@
 import json
+import math
 import zipfile
 
 import numpy as np
@@ -9,6 +10,8 @@ from temporal_agg.retrieval import store
 from temporal_agg.retrieval.store import Embeddings, append_embeddings, merge_embeddings, read_embeddings
 
 NAMES = ["0001/1_a", "0002/张", "bytes \udce9", "a\nb"]  # the third as Python has a name that is no UTF-8
+
+NOTHING = dict.fromkeys(("pids", "cameras", "frames", "start", "end", "purity", "change"))
 
 
 def embeddings(names=tuple(NAMES), seed=0, **changes):
@@ -26,6 +29,8 @@ def embeddings(names=tuple(NAMES), seed=0, **changes):
         frames=[f"key {i}" for i in range(N)],
         start=[0] * N,
         end=[2**40 + i for i in range(N)],
+        purity=[1 / (i + 3) for i in range(N)],
+        change=[i - 1 for i in range(N)],
     )
     return found._replace(**changes)
 
@@ -46,7 +51,11 @@ def test_what_is_written_is_read(kind, tmp_path):
     path = tmp_path / f"a[1]{kind}"  # a name that means something to glob
     for found in (
         embeddings(),
-        embeddings(pids=None, cameras=None, frames=None, start=None, end=None, normalized=True, distance="dot"),
+        embeddings(
+            **NOTHING,
+            normalized=True,
+            distance="dot",
+        ),
         embeddings(names=["one"], backbone_pretrained=True, model="hf-hub:o/r@\udce9"),
     ):
         store.write_embeddings(path, found)
@@ -72,7 +81,7 @@ def test_the_columns_of_a_parquet_file(tmp_path):
     found = embeddings(names=["a", "b"])
     store.write_embeddings(tmp_path / "a.parquet", found)
     table = parquet.read_table(tmp_path / "a.parquet")
-    assert table.column_names == ["embedding", "name", "pid", "camera", "frames", "start", "end"]
+    assert table.column_names == ["embedding", "name", "pid", "camera", "frames", "start", "end", "purity", "change"]
     assert table["name"].to_pylist() == ["a", "b"]
     assert table["embedding"].to_pylist() == found.embeddings.tolist()
     about = json.loads(table.schema.metadata[b"temporal-agg"])
@@ -90,7 +99,7 @@ def test_lists_of_any_kind_are_read_from_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
     import pyarrow.parquet as pq
 
-    found = embeddings(names=["a", "b", "c"], pids=None, cameras=None, frames=None, start=None, end=None)
+    found = embeddings(names=["a", "b", "c"], **NOTHING)
     about = {key: getattr(found, key) for key in store.ONCE if key != "normalized"}
     for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 8)):
         rows = pa.array(found.embeddings.tolist(), kind)
@@ -114,11 +123,14 @@ def test_merge_and_append(kind, tmp_path):
 
 
 def test_merge_with_what_has_no_identities():
-    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None)
+    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None, purity=None, change=None)
     merged = merge_embeddings(embeddings(), bare)
     assert merged.pids == [0, 1, 2, 3, -1]
     assert merged.cameras == [-1] * 5
     assert merged.frames == ["key 0", "key 1", "key 2", "key 3", ""]
+    assert merged.purity[:4] == embeddings().purity
+    assert math.isnan(merged.purity[4])
+    assert merged.change == [-1, 0, 1, 2, -1]
     assert merge_embeddings(bare).pids is None
 
 

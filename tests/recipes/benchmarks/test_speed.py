@@ -252,7 +252,7 @@ def test_peak_memory_of_retrieval(benchmark):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: embed | train | long | aggregators | retrieval | search | all | compare | page"),
+        ([], "required: embed | stream | train | long | aggregators | retrieval | search | all | compare | page"),
         (["retrieval", "--sizes", "100x"], "--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got '100x'"),
         (["retrieval", "--structure", "blobs"], "invalid choice: 'blobs'"),
         (["aggregators", "--names", ""], "pass --names or --systems"),

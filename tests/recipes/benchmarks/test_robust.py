@@ -1,0 +1,84 @@
+"""Foreign frames in tracklets: who comes in where, the areas against loops, and the page against its file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from temporal_agg import data
+from temporal_agg.aggregators import create_aggregator
+from temporal_agg.models import TrackletModel
+
+
+@pytest.fixture(scope="module")
+def robust(recipe):
+    return recipe("robust")
+
+
+@pytest.fixture(scope="module")
+def people():
+    return data.synthetic_data(num_identities=8, num_cameras=2, length=(6, 9), faults={}, size=(32, 16))
+
+
+class Colours(torch.nn.Module):
+    """The mean colours of a frame's quarters."""
+
+    num_features = 12
+    data_config = {"input_size": (3, 32, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear"}  # noqa: RUF012
+    config = None
+
+    def forward(self, frames, flow=None):
+        return torch.nn.functional.adaptive_avg_pool2d(frames, (4, 1)).flatten(1)[:, :, None, None]
+
+
+def test_the_area_is_that_of_all_pairs(robust):
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 4, 40), rng.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    assert robust.area(scores, positive) == pytest.approx(np.mean(pairs))
+    assert np.isnan(robust.area([1, 2], [True, True]))
+
+
+def test_intruders_are_other_people_of_the_same_camera(robust, people):
+    tracklets = [*people.query, *people.gallery]
+    for share in (0.0, 0.3):
+        plan = robust.intruders(tracklets, share, 1)
+        assert plan == robust.intruders(tracklets, share, 1)
+        seen = [(torch.full((len(t), 2), float(i)), None) for i, t in enumerate(tracklets)]
+        for i, ((x, _), (run, other, frames)) in enumerate(zip(robust.mixed(seen, plan), plan, strict=True)):
+            assert len(run) == len(frames) == round(share * len(tracklets[i]))
+            assert tracklets[other].camera == tracklets[i].camera
+            assert tracklets[other].pid != tracklets[i].pid
+            assert all(f < len(tracklets[other]) for f in frames)
+            assert x[:, 0].tolist() == [other if k in run else i for k in range(len(tracklets[i]))]
+
+
+def test_measures_are_those_of_embed_tracklets(robust, people):
+    """Without foreign frames; and an aggregator behind outlier_mask is what reject_outliers gives."""
+    from temporal_agg import embed_tracklets
+
+    tracklets = [*people.query, *people.gallery]
+    for name, clip in (("mean", data.ClipConfig(test_sampling="all")), ("max", data.ClipConfig(4, fill="mask"))):
+        model = TrackletModel(Colours(), create_aggregator(name, 12), clip).eval()
+        found = robust.measure(model, name, people, 0)
+        assert set(found["measures"]) == set(map(str, robust.SHARES))
+        for reject, key in ((False, name), (True, robust.MASKED.format(name))):
+            rows = embed_tracklets(model, tracklets, reject_outliers=reject, progress=False, num_workers=0)
+            want = robust.metrics(rows, people, "cosine").map
+            assert found["measures"]["0.0"][key]["map"] == pytest.approx(float(want), abs=1e-6)
+        if name == "mean":
+            assert found["areas"]["0.4"]["weights"] > 0.5
+            assert found["areas"]["0.4"]["purity"] > 0.5
+
+
+def test_the_page_is_that_of_the_kept_file(robust):
+    kept = robust.RESULTS / "robust.json"
+    study = json.loads(kept.read_text(encoding="utf-8"))
+    assert (robust.RESULTS / "robust.md").read_text(encoding="utf-8") == robust.text(study), (
+        "run recipes/benchmarks/robust.py with --results recipes/benchmarks/results"
+    )
+    page = (Path(__file__).parents[3] / "docs" / "robust.md").read_text(encoding="utf-8")
+    assert "results/robust.md" in page
+    assert "results/robust.png" in page
