@@ -161,8 +161,26 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
     return digest.hexdigest()[:16]
 
 
+def frame_marks(tracklet: Tracklet) -> bytes:
+    """8 bytes for each frame, equal where the file's content is: a copy of some of the frames can be told by them."""
+    digests = []
+    for frame in tracklet.frames:
+        if isinstance(frame, np.ndarray):  # in memory
+            return b""
+        with open(frame, "rb") as file:
+            digests.append(hashlib.blake2b(file.read(), digest_size=8).digest())
+    return b"".join(digests)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A run that is not finished
+
+
+class Row(NamedTuple):
+    """What is kept of a tracklet."""
+
+    embedding: Tensor  # [D]
+    marks: bytes
 
 
 class Finished:
@@ -177,14 +195,14 @@ class Finished:
         restart: drop what is there if it was made with other settings.
 
     Attributes:
-        rows: the embedding of each tracklet, by its name and what its files look like.
+        rows: of each tracklet, by its name and what its files look like.
 
     Raises:
         ValueError: the file is damaged, or was made with other settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool):
-        self.rows: dict[tuple[str, str], Tensor] = {}
+        self.rows: dict[tuple[str, str], Row] = {}
         self.path = path
         self.head = json.dumps(settings).encode() + b"\n"
         if path is None or not path.is_file():
@@ -199,14 +217,19 @@ class Finished:
         except OSError as error:
             raise _naming(error, path) from error
 
-    def add(self, keys: Sequence[tuple[str, str]], embeddings: Tensor) -> None:
-        """Keeps the embeddings ``[n, D]`` of n tracklets."""
-        self.rows.update(zip(keys, embeddings, strict=True))
+    def add(self, keys: Sequence[tuple[str, str]], found: Sequence[Row]) -> None:
+        """Keeps what was found of some tracklets."""
+        self.rows.update(zip(keys, found, strict=True))
         if self.path is None:
             return
         rows = (
-            {"name": name, "frames": frames, "embedding": base64.b64encode(row.numpy().astype("<f4")).decode()}
-            for (name, frames), row in zip(keys, embeddings, strict=True)
+            {
+                "name": name,
+                "frames": frames,
+                "embedding": base64.b64encode(row.embedding.numpy().astype("<f4").tobytes()).decode(),
+                "marks": base64.b64encode(row.marks).decode(),
+            }
+            for (name, frames), row in zip(keys, found, strict=True)
         )
         try:
             with open(self.path, "ab") as file:
@@ -216,7 +239,7 @@ class Finished:
             raise _naming(error, self.path) from error
 
 
-def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: bool) -> dict[tuple[str, str], Tensor]:
+def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: bool) -> dict[tuple[str, str], Row]:
     """What all the processes of a run have finished.
 
     Args:
@@ -224,7 +247,7 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
         settings: what the embeddings depend on.
         foreign: leave files out that were made with other settings, which raise a ValueError otherwise.
     """
-    rows: dict[tuple[str, str], Tensor] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for path in paths:
         before, found, _ = _read_part(path)
         if before == settings:
@@ -234,9 +257,9 @@ def read_finished(paths: Iterable[Path], settings: Mapping[str, Any], foreign: b
     return rows
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str], Tensor], int]:
+def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str], Row], int]:
     """The settings in a file's first line, the rows in the others, and how many bytes are whole lines."""
-    rows: dict[tuple[str, str], Tensor] = {}
+    rows: dict[tuple[str, str], Row] = {}
     before, whole, width = None, 0, 0
     if not path.is_file():
         return before, rows, whole
@@ -260,7 +283,10 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, dict[tuple[str, str],
                             f"an embedding of {len(embedding)} numbers after one of {width}, or not finite"
                         )
                     key = str(content["name"]), str(content["frames"])
-                    rows[key] = torch.from_numpy(embedding.astype(np.float32))
+                    marks = base64.b64decode(content.get("marks", ""), validate=True)
+                    if len(marks) % 8:
+                        raise ValueError(f"marks of {len(marks)} bytes")
+                    rows[key] = Row(torch.from_numpy(embedding.astype(np.float32)), marks)
                 whole += len(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # of json and base64, too
         what = f"no {error}" if isinstance(error, KeyError) else error
@@ -329,18 +355,20 @@ class Job(NamedTuple):
                     raise ValueError(
                         f"the embedding of {wrong[0]!r} is not finite: the model's weights or the precision do not fit."
                     )
-                finished.add([self.keys[i] for i in group], embeddings)
+                rows = [Row(*pair) for pair in zip(embeddings, map(frame_marks, tracklets), strict=True)]
+                finished.add([self.keys[i] for i in group], rows)
                 if bar is not None:
                     bar.update(frames)
                 speed = frames / max(time.monotonic() - start, 1e-3)
                 budget = max(frames_per_batch, int(SAVE_EVERY * speed))
 
-    def collect(self, rows: Mapping[tuple[str, str], Tensor], which: Sequence[int]) -> Embeddings:
+    def collect(self, rows: Mapping[tuple[str, str], Row], which: Sequence[int]) -> Embeddings:
         """The embeddings of some of the tracklets, in order."""
         tracklets = [self.tracklets[i] for i in which]
+        found = [rows[self.keys[i]] for i in which]
         directory = self.source.removeprefix("local-dir:")
         return Embeddings(
-            torch.stack([rows[self.keys[i]] for i in which]),
+            torch.stack([row.embedding for row in found]),
             [t.name for t in tracklets],
             [t.pid for t in tracklets] if self.known else None,
             [t.camera for t in tracklets] if self.known else None,
@@ -352,6 +380,7 @@ class Job(NamedTuple):
             [self.keys[i][1] for i in which],
             [number(t.frames[0]) for t in tracklets],
             [number(t.frames[-1]) for t in tracklets],
+            [row.marks for row in found],
         )
 
 

@@ -26,6 +26,7 @@ def embeddings(names=tuple(NAMES), seed=0, **changes):
         frames=[f"key {i}" for i in range(N)],
         start=[0] * N,
         end=[2**40 + i for i in range(N)],
+        marks=[bytes(range(8 * i)) for i in range(N)],  # as many frames as its number
     )
     return found._replace(**changes)
 
@@ -46,7 +47,9 @@ def test_what_is_written_is_read(kind, tmp_path):
     path = tmp_path / f"a[1]{kind}"  # a name that means something to glob
     for found in (
         embeddings(),
-        embeddings(pids=None, cameras=None, frames=None, start=None, end=None, normalized=True, distance="dot"),
+        embeddings(
+            pids=None, cameras=None, frames=None, start=None, end=None, marks=None, normalized=True, distance="dot"
+        ),
         embeddings(names=["one"], backbone_pretrained=True, model="hf-hub:o/r@\udce9"),
     ):
         store.write_embeddings(path, found)
@@ -61,7 +64,9 @@ def test_the_keys_of_an_npz_file(tmp_path):
     """As the documentation has them, read without this package."""
     store.write_embeddings(tmp_path / "a.npz", embeddings())
     with np.load(tmp_path / "a.npz") as stored:
-        assert set(stored.files) == set(Embeddings._fields)
+        assert set(stored.files) == {*Embeddings._fields, "num_marks"}
+        assert stored["marks"].tobytes() == b"".join(embeddings().marks)
+        assert stored["num_marks"].tolist() == [0, 1, 2, 3]
         assert (stored["embeddings"].dtype, stored["embeddings"].shape) == (np.float32, (4, 8))
         assert stored["names"].tolist() == NAMES
         assert not stored["normalized"]
@@ -72,7 +77,7 @@ def test_the_columns_of_a_parquet_file(tmp_path):
     found = embeddings(names=["a", "b"])
     store.write_embeddings(tmp_path / "a.parquet", found)
     table = parquet.read_table(tmp_path / "a.parquet")
-    assert table.column_names == ["embedding", "name", "pid", "camera", "frames", "start", "end"]
+    assert table.column_names == ["embedding", "name", "pid", "camera", "frames", "start", "end", "marks"]
     assert table["name"].to_pylist() == ["a", "b"]
     assert table["embedding"].to_pylist() == found.embeddings.tolist()
     about = json.loads(table.schema.metadata[b"temporal-agg"])
@@ -90,7 +95,7 @@ def test_lists_of_any_kind_are_read_from_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
     import pyarrow.parquet as pq
 
-    found = embeddings(names=["a", "b", "c"], pids=None, cameras=None, frames=None, start=None, end=None)
+    found = embeddings(names=["a", "b", "c"], pids=None, cameras=None, frames=None, start=None, end=None, marks=None)
     about = {key: getattr(found, key) for key in store.ONCE if key != "normalized"}
     for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 8)):
         rows = pa.array(found.embeddings.tolist(), kind)
@@ -114,11 +119,12 @@ def test_merge_and_append(kind, tmp_path):
 
 
 def test_merge_with_what_has_no_identities():
-    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None)
+    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None, marks=None)
     merged = merge_embeddings(embeddings(), bare)
     assert merged.pids == [0, 1, 2, 3, -1]
     assert merged.cameras == [-1] * 5
     assert merged.frames == ["key 0", "key 1", "key 2", "key 3", ""]
+    assert merged.marks == [*embeddings().marks, b""]
     assert merge_embeddings(bare).pids is None
 
 
