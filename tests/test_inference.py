@@ -608,8 +608,8 @@ def test_float16_on_a_cpu_that_cannot_is_one_sentence(autocast, monkeypatch):
     def refuse(*args):
         raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
 
-    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
     model = create_model("mean_resnet10t", img_size=(32, 16))
     model, precision = (model, "float16") if autocast else (model.half(), "float32")
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
     with pytest.raises(ValueError, match="does not compute in float16 on a CPU: take bfloat16 or float32"):
         embed_tracklets(model, [Tracklet([np.zeros((32, 16, 3), np.uint8)], 0)], precision=precision)
