@@ -233,6 +233,7 @@ def copier(source: Path) -> Callable[[Path], object]:
     return lambda temporary: temporary.write_bytes(source.read_bytes())
 
 
+@common.own_defaults()
 def main(argv: list[str] | None = None) -> manifest.Weights:
     parser = common.parser_of(__doc__ or "")
     parser.add_argument("run", type=Path, help="a finished run directory of recipes/train.py")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,18 @@ def run(main: Callable[[], object], goes_on: str = "the same command goes on") -
         print(f"\n{Path(sys.argv[0]).name}: stopped; {goes_on}.", file=sys.stderr)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """float32 on the CPU is what torch makes, whatever the caller's defaults are; then they hold again."""
+    dtype, device = torch.get_default_dtype(), torch.empty(0).device
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ for --epsilon: at OpenCV's 0.01 it takes two to nine times as long, and brings a
 """
 
 import argparse
+import inspect
 import math
 import os
 import sys
@@ -168,6 +169,7 @@ def check_writable(tracklet: Tracklet, args: argparse.Namespace) -> None:
         raise PermissionError(f"cannot write to {folder}: give a folder for the flow, --out FOLDER.")
 
 
+@common.own_defaults()
 def main(argv: list[str] | None = None) -> int:
     args = arguments(sys.argv[1:] if argv is None else argv)
     with common.one_line("compute_flow.py", TypeError):
@@ -184,9 +186,9 @@ def compute_all(tracklets: list[Tracklet], missing: list[Tracklet], args: argpar
     start, frames, size = time.perf_counter(), 0, 0
     parts = Parts(missing, args)
     workers = min(args.workers, len(parts))
-    loader = DataLoader(
-        parts, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None, in_order=False
-    )
+    options = {"in_order": False} if "in_order" in inspect.signature(DataLoader).parameters else {}  # since torch 2.6
+    prefetch = 2 if workers else None
+    loader = DataLoader(parts, batch_size=None, num_workers=workers, prefetch_factor=prefetch, **options)
     done: dict[int, dict[int, list]] = defaultdict(dict)  # of tracklets that are not finished: first frame -> flow
     errors: dict[int, str] = {}
     with tqdm(total=sum(map(len, missing)), desc="flow", unit="frame") as bar:

@@ -202,6 +202,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@common.own_defaults()
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     args = parse(sys.argv[1:] if argv is None else argv)
     results: dict[str, list[dict]] = {}

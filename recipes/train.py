@@ -163,6 +163,20 @@ def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: 
     )
 
 
+def start_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """The batches of an epoch.
+
+    Raises:
+        OSError: the system has no room for the worker processes; says what to do.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise OSError(
+            f"{loader.num_workers} processes that read frames cannot be started ({error}): pass --workers 0."
+        ) from error
+
+
 def start_from(model: temporal_agg.TrackletModel, run: str) -> None:
     """Takes the encoder of a run; what STAR adds to a backbone stays as it is where that run has none of it.
 
@@ -460,7 +474,7 @@ def run_epochs(job: Training) -> None:
         sums = defaultdict(float, progress["sums"])
         job.wrapped.train()
         job.criterion.train()
-        batches = iter(job.loader)
+        batches = start_workers(job.loader)
         for first in range(progress["batch"], steps, settings.accumulate):  # of an optimizer step
             set_lr(job, epoch, first)
             size = min(settings.accumulate, steps - first)
@@ -649,6 +663,7 @@ def parse_settings(argv: list[str]) -> Settings:
     return parse(argv, __doc__ or "")
 
 
+@common.own_defaults()
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     settings = parse_settings(sys.argv[1:] if argv is None else argv)
     with common.one_line("train.py", TypeError):  # what is wrong with the command shows before a model is trained

@@ -161,6 +161,17 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
     return digest.hexdigest()[:16]
 
 
+def frame_marks(tracklet: Tracklet) -> bytes:
+    """8 bytes for each frame, equal where the file's content is: a copy of some of the frames can be told by them."""
+    digests = []
+    for frame in tracklet.frames:
+        if isinstance(frame, np.ndarray):  # in memory
+            return b""
+        with open(frame, "rb") as file:
+            digests.append(hashlib.blake2b(file.read(), digest_size=8).digest())
+    return b"".join(digests)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A run that is not finished
 
@@ -169,6 +180,7 @@ class Row(NamedTuple):
     """What is known of an embedded tracklet."""
 
     embedding: Tensor  # [D]
+    marks: bytes = b""
     purity: float | None = None
     change: int | None = None
 
@@ -219,8 +231,9 @@ class Finished:
             {
                 "name": name,
                 "frames": frames,
-                **{key: value for key, value in row._asdict().items() if value is not None},
+                **{key: value for key in ("purity", "change") if (value := getattr(row, key)) is not None},
                 "embedding": base64.b64encode(row.embedding.numpy().astype("<f4").tobytes()).decode(),
+                "marks": base64.b64encode(row.marks).decode(),
             }
             for (name, frames), row in new.items()
         )
@@ -276,9 +289,13 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, Rows, int]:
                             f"an embedding of {len(embedding)} numbers after one of {width}, or not finite"
                         )
                     key = str(content["name"]), str(content["frames"])
+                    marks = base64.b64decode(content.get("marks", ""), validate=True)
+                    if len(marks) % 8:
+                        raise ValueError(f"marks of {len(marks)} bytes")
                     purity, change = content.get("purity"), content.get("change")
                     rows[key] = Row(
                         torch.from_numpy(embedding.astype(np.float32)),
+                        marks,
                         None if purity is None else float(purity),
                         None if change is None else int(change),
                     )
@@ -351,7 +368,8 @@ class Job(NamedTuple):
                     raise ValueError(
                         f"the embedding of {wrong[0]!r} is not finite: the model's weights or the precision do not fit."
                     )
-                columns = [embeddings, *((purity.score.tolist(), purity.start.tolist()) if purity else ())]
+                columns = [embeddings, map(frame_marks, tracklets)]
+                columns += (purity.score.tolist(), purity.start.tolist()) if purity else ()
                 keys = (self.keys[i] for i in group)
                 finished.add(dict(zip(keys, map(Row, *columns), strict=True)))
                 if bar is not None:
@@ -380,6 +398,7 @@ class Job(NamedTuple):
             [number(t.frames[-1]) for t in tracklets],
             purity if len(purity) == len(rows) else None,
             change if len(change) == len(rows) else None,
+            [row.marks for row in rows],
         )
 
 

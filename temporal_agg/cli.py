@@ -39,11 +39,14 @@ from .aggregators import list_aggregators
 from .aggregators.registry import registry_entry
 from .data import Tracklet
 from .models import list_models
+from .retrieval._overlap import overlaps
 from .retrieval.store import Embeddings, check_kind, merge_embeddings, read_embeddings, write_embeddings
 
+Pairs = tuple[Tensor, Tensor]
 STDOUT = "the standard output"
 WAIT = 0.2  # seconds between two looks at a lock that another process of the same run has
 COSINE_THRESHOLD = 0.3  # of link
+SAME = 0.5  # part of a tracklet's frames that another has, from which on both are taken for one
 CHECKED = 16  # rows of a gallery that are looked up in its index
 IMPURE = 3  # tracklets that embed names
 MEASURED = 1000  # rows that the recall of an index is measured with
@@ -192,14 +195,37 @@ def run_search(args: argparse.Namespace) -> None:
     put(args.output, args.overwrite, lambda file: show(found, args.format, file, labelled))
 
 
-def own_places(query: Embeddings, gallery: Embeddings) -> Tensor:
-    """Where in a gallery each query itself is ``[Q]``, -1 = nowhere: a tracklet of its name and of the same files. A
-    gallery of which files are not known, or a copy of it, is known by its names and embeddings."""
+def own_places(query: Embeddings, gallery: Embeddings) -> Pairs:
+    """Rows of queries and of what is the same tracklet in the gallery: one of its name and of the same files, or one
+    with which it has half of the shorter one's frames in common. A gallery of which files are not known, or a copy of
+    it, is known by its names and embeddings."""
     if query.names == gallery.names and torch.equal(query.embeddings, gallery.embeddings):
-        return torch.arange(len(query.names), device="cpu")
-    place = {(name, files): j for j, (name, files) in enumerate(zip(gallery.names, gallery.frames or [], strict=False))}
-    keys = zip(query.names, query.frames or [""] * len(query.names), strict=True)
-    return torch.tensor([place.get(key, -1) if key[1] else -1 for key in keys], dtype=torch.long, device="cpu")
+        pairs = {(i, i) for i in range(len(query.names))}
+    else:
+        names = zip(gallery.names, gallery.frames or [], strict=False)
+        place = {key: j for j, key in enumerate(names) if key[1]}
+        keys = enumerate(zip(query.names, query.frames or [], strict=False))
+        pairs = {(i, place[key]) for i, key in keys if key in place}
+    if query.marks and gallery.marks:
+        rows, columns, parts = overlaps(query.marks, gallery.marks)
+        whole = parts >= SAME
+        more = set(zip(rows[whole].tolist(), columns[whole].tolist(), strict=True)) - pairs
+        if more:
+            say(in_common(more, query, gallery, "are never each other's match"))
+        few = set(zip(rows[~whole].tolist(), columns[~whole].tolist(), strict=True)) - pairs
+        if few:
+            say(in_common(few, query, gallery, "are compared all the same, as it is less than half of either"))
+        pairs |= more
+    places = torch.tensor(sorted(pairs), dtype=torch.long, device="cpu").view(-1, 2)
+    return places[:, 0], places[:, 1]
+
+
+def in_common(pairs: set[tuple[int, int]], query: Embeddings, gallery: Embeddings, what: str) -> str:
+    i, j = min(pairs)
+    return (
+        f"{len({i for i, _ in pairs})} queries have frames in common with tracklets of the gallery and {what}: such as "
+        f"{query.names[i]!r} and {gallery.names[j]!r}."
+    )
 
 
 def ranked(
@@ -207,26 +233,28 @@ def ranked(
     gallery: Embeddings,
     k: int,
     use_rerank: bool,
-    own: Tensor | bool,
+    own: Pairs | bool,
     index: Any = None,
     candidates: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each query its k nearest; no tracklet is its own match.
 
     Args:
-        own: ``[Q]``, each query's own place in the gallery, -1 = it is not there. False: none is there; True: both are
-            the same.
+        own: rows of queries and of what is the same in the gallery, in order. False: nothing is; True: query and
+            gallery are the same.
         index: a FAISS index of the gallery to search in.
         candidates: re-rank so many of the nearest, and nothing else.
     """
     if isinstance(own, bool):
-        places = torch.arange(len(query.names), device="cpu")
-        own = places if own else torch.full_like(places, -1)
+        places = torch.arange(len(query.names) if own else 0, device="cpu")
+        own = places, places
     rows, columns = nearest(query, gallery, k, use_rerank, own, index, candidates)
-    itself = own.tolist()
+    itself: dict[int, set[int]] = {}
+    for i, j in zip(*(side.tolist() for side in own), strict=True):
+        itself.setdefault(i, set()).add(j)
     for i, (values, places) in enumerate(zip(rows, columns, strict=True)):
         pairs = [(float(d), j) for d, j in zip(values.tolist(), places.tolist(), strict=True) if j >= 0]
-        pairs = [(d, j) for d, j in pairs if j != itself[i]][:k]
+        pairs = [(d, j) for d, j in pairs if j not in itself.get(i, ())][:k]
         matches = [{"rank": n, "name": gallery.names[j], "distance": d} for n, (d, j) in enumerate(pairs, 1)]
         result: dict[str, Any] = {"query": query.names[i], "matches": matches}
         if query.pids and gallery.pids:
@@ -237,20 +265,21 @@ def ranked(
 
 
 def nearest(
-    query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, own: Tensor, index: Any, candidates: int | None
+    query: Embeddings, gallery: Embeddings, k: int, use_rerank: bool, own: Pairs, index: Any, candidates: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The distances to the nearest and their places, -1 = none; each query's own place may be among k + 1."""
+    """The distances to the nearest and their places, -1 = none; more than k, where a query's own places may be among
+    them."""
     queries, others = query.embeddings, gallery.embeddings
-    same = bool((own >= 0).any())
-    if index is not None:
-        return retrieval.search_index(index, queries, k + same)
-    if not use_rerank:
+    if index is None and not use_rerank:
         return retrieval.search(queries, others, k, gallery.distance, exclude=own)
+    k += int(own[0].bincount().max()) if len(own[0]) else 0
+    if index is not None:
+        return retrieval.search_index(index, queries, k)
     if gallery.distance == "cosine":
         queries, others = F.normalize(queries), F.normalize(others)
     if candidates is not None:
-        return retrieval.rerank(queries, others, candidates=max(candidates, k + same))
-    return retrieval.rerank(queries, others).topk(min(k + same, len(others)), largest=False)
+        return retrieval.rerank(queries, others, candidates=max(candidates, k))
+    return retrieval.rerank(queries, others).topk(min(k, len(others)), largest=False)
 
 
 def identified(found: Iterable[dict[str, Any]], threshold: float) -> Iterator[dict[str, Any]]:

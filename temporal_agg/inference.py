@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -182,7 +183,7 @@ class FrameRunner:
 
     Raises:
         TypeError: no :class:`TrackletModel`.
-        ValueError: ``frames_per_batch`` below 1, or an unknown precision.
+        ValueError: ``frames_per_batch`` below 1, an unknown precision, or float16 on a CPU where torch cannot.
     """
 
     def __init__(
@@ -217,6 +218,12 @@ class FrameRunner:
             self.model.to(device)
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0, device=CPU))
         self.device, self.dtype = weight.device, weight.dtype
+        half = self.precision == "float16" or self.dtype == torch.float16
+        if half and self.device.type == "cpu" and not _cpu_has_half(self.precision == "float16"):
+            raise ValueError(
+                f"torch {torch.__version__} does not compute in float16 on a CPU: take bfloat16 or float32, or a newer "
+                "torch."
+            )
         few = max(CPU_PASS, torch.get_num_threads()) if self.device.type == "cpu" else sys.maxsize
         self.size = min(self.frames_per_batch, few)
         known = self.device.type in ("cpu", "cuda")
@@ -248,6 +255,18 @@ class FrameRunner:
         passes = zip(pixels.split(self.size), flows, strict=False)
         features, images = zip(*(self.model.frame_features(*self.load(*part)) for part in passes), strict=True)
         return _join(features), None if images[0] is None else _join(images)
+
+
+def _cpu_has_half(autocast: bool) -> bool:
+    """Whether this torch computes in float16 on a CPU, by autocast or from weights of that type: torch 2.0 does not."""
+    pixel = torch.zeros(1, 1, 1, 1, device=CPU, dtype=torch.float32 if autocast else torch.float16)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            with torch.autocast("cpu", torch.float16) if autocast else nullcontext():
+                return torch.nn.functional.conv2d(pixel, pixel).dtype == torch.float16
+    except RuntimeError:
+        return False
 
 
 def allowed_cores() -> int:

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -206,13 +207,15 @@ def test_search(embed, models, folder, tmp_path, capsys):
         np.testing.assert_allclose([m["distance"] for m in result["matches"]], expected[i, order], atol=1e-6)
         assert [m["pid"] for m in result["matches"]] == [int(names[j][:4]) for j in order]
 
-    # A folder is embedded by the gallery's model: its first tracklet is in the gallery.
+    # A folder is embedded by the gallery's model: its tracklets are in the gallery, under other names.
     csv_file = tmp_path / "found.csv"
     assert cli.main(["search", str(folder / "0001"), gallery, "--format", "csv", "-o", str(csv_file)]) == 0
     rows = list(csv.DictReader(csv_file.open()))
-    assert len(rows) == 2 * 5
-    assert (rows[0]["query"], rows[0]["gallery"]) == ("1_a", "0001/1_a")
-    assert abs(float(rows[0]["distance"])) < 1e-5
+    assert len(rows) == 2 * 4
+    assert [(row["query"], row["gallery"]) for row in rows[:4]] == [
+        ("1_a", names[j]) for j in np.argsort(expected[names.index("0001/1_a")])[:4]
+    ]
+    assert "2 queries have frames in common with tracklets of the gallery" in capsys.readouterr().err
 
     assert cli.main(["search", gallery, gallery, "-k", "1", "--rerank"]) == 0
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -672,3 +675,27 @@ def test_the_key_of_a_tracklet_has_its_flow(folder):
         keys.append(cli.frames_key(tracklet))
     assert len(set(keys)) == 3
     assert cli.frames_key(tracklet, flow=False) == keys[0]  # for models that do not look at it
+
+
+def test_a_query_that_is_part_of_a_gallery_tracklet_is_not_its_match(embed, folder, tmp_path, capsys):
+    """Copies of all of its frames, of one, or of less than half, in folders and under names of their own."""
+    assert embed(output="gallery.npz")[0] == 0
+    for name, copied in {"0009/1_all": range(1, 6), "0009/2_one": [4], "0009/3_few": [1, 2]}.items():
+        (tmp_path / "query" / name).mkdir(parents=True)
+        for i in copied:
+            shutil.copy(folder / "0001" / "2_b" / f"{i}.png", tmp_path / "query" / name / f"0{i}.png")
+    for i in range(6):
+        Image.new("RGB", (16, 32), (i, 9, 99)).save(tmp_path / "query" / name / f"new{i}.png")
+    assert embed(source=tmp_path / "query", output="query.npz")[0] == 0
+    for more in ([], ["--rerank"], ["--rerank", "--candidates", "4"]):
+        words = ["search", tmp_path / "query.npz", tmp_path / "gallery.npz", "-k", 4, "--format", "json", *more]
+        capsys.readouterr()
+        assert cli.main([str(word) for word in words]) == 0
+        said = capsys.readouterr()
+        found = {f["query"]: [m["name"] for m in f["matches"]] for f in json.loads(said.out)}
+        others = set(LENGTHS) - {"0001/2_b"}
+        assert set(found["0009/1_all"]) == set(found["0009/2_one"]) == others, more
+        assert len(found["0009/3_few"]) == 4
+        assert "2 queries have frames in common with tracklets of the gallery and are never" in said.err
+        assert "1 queries have frames in common with tracklets of the gallery and are compared" in said.err
+        assert "'0009/3_few' and '0001/2_b'" in said.err

@@ -19,7 +19,7 @@ from temporal_agg.aggregators import ClipConfig, create_aggregator, list_aggrega
 from temporal_agg.aggregators.robust import tracklet_purity
 from temporal_agg.data import ClipTransform, FlowError, ImageError, Tracklet, cut_tracklet
 from temporal_agg.inference import allowed_cores, embed_tracklets
-from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel
+from temporal_agg.models import FrameEncoder, StarEncoder, TrackletModel, create_model
 from temporal_agg.models.inputs import fastest_memory_format
 
 C, SIZE = 32, (32, 16)
@@ -601,6 +601,20 @@ def test_frames_of_somebody_else_are_rejected(name, clip, whole_batches):
             if item is items[0]:
                 assert not good[9:15].any()
     torch.testing.assert_close(got, torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_float16_on_a_cpu_that_cannot_is_one_sentence(autocast, monkeypatch):
+    """torch 2.0 cannot, and says so in words of its own in the middle of a run."""
+
+    def refuse(*args):
+        raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
+
+    model = create_model("mean_resnet10t", img_size=(32, 16))
+    model, precision = (model, "float16") if autocast else (model.half(), "float32")
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
+    with pytest.raises(ValueError, match="does not compute in float16 on a CPU: take bfloat16 or float32"):
+        embed_tracklets(model, [Tracklet([np.zeros((32, 16, 3), np.uint8)], 0)], precision=precision)
 
 
 @pytest.mark.parametrize("reject", [False, True])

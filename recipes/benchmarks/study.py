@@ -394,6 +394,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@common.own_defaults()
 def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     size = size or (FULL if args.full else Size())

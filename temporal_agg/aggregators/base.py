@@ -192,7 +192,11 @@ class Aggregator(nn.Module):
         call: what figures are drawn from. Arguments and errors as in :meth:`forward`."""
         details = self(features, mask, frames=frames, return_details=True)
         features, mask, frames = self._cleaned(features, mask, frames)
-        return details._replace(maps={**details.maps, **self.finer_maps(features, mask, frames, details)})
+        counted = [(buffer, buffer.clone()) for buffer in self.buffers()] if self.training else []
+        finer = self.finer_maps(features, mask, frames, details)
+        for buffer, before in counted:  # BatchNorm counts the frames once; .data: a backward may still need the buffer
+            buffer.data.copy_(before)
+        return details._replace(maps={**details.maps, **finer})
 
     def finer_maps(self, features: Tensor, mask: Tensor, frames: Tensor | None, details: Details) -> dict[str, Tensor]:
         """Maps by name that only figures need, on checked input whose padded entries are 0."""

@@ -1,10 +1,11 @@
 """Embeddings on disk, as npz or Parquet: whole tracklets with their names, and what made them.
 
 Both kinds hold the fields of :class:`Embeddings` under their names; those that are None are left out. In an npz file
-each is an array: numbers as they are, text as numpy's ``U``, what is said once as an array without dimensions. In a
+each is an array: numbers as they are, text as numpy's ``U``, what is said once as an array without dimensions;
+``marks`` are uint64, those of all tracklets one after the other, and ``num_marks`` says how many each has. In a
 Parquet file (``pip install temporal-agg[parquet]``) what is said of each tracklet is a column (``name``, ``embedding``,
-``pid``, ``camera``, ``start``, ``end``, ``frames``, ``purity``, ``change``), and what is said once is JSON in the
-schema's metadata under ``temporal-agg``. A name that is no UTF-8 makes ``name`` a column of bytes.
+``pid``, ``camera``, ``start``, ``end``, ``frames``, ``purity``, ``change``, ``marks``), and what is said once is JSON
+in the schema's metadata under ``temporal-agg``. A name that is no UTF-8 makes ``name`` a column of bytes.
 """
 
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import zipfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +34,8 @@ ALWAYS = 1 << 24  # bytes that it may take anyway
 KEY = b"temporal-agg"
 COLUMNS = {"names": "name", "embeddings": "embedding", "pids": "pid", "cameras": "camera"}  # others: the field's name
 NUMBERS, TEXTS = ("pids", "cameras", "start", "end", "change"), ("names", "frames")
-UNKNOWN: dict[str, Any] = {**dict.fromkeys(NUMBERS, -1), "frames": "", "purity": math.nan}
+MARKS = {"marks", "num_marks"}
+UNKNOWN: dict[str, Any] = {**dict.fromkeys(NUMBERS, -1), "frames": "", "purity": math.nan, "marks": b""}
 ONCE = {"distance": str, "model": str, "backbone_pretrained": bool, "fingerprint": str, "normalized": bool}
 DEFAULTS: dict[str, Any] = {"normalized": False, **dict.fromkeys(UNKNOWN)}
 
@@ -56,6 +59,7 @@ class Embeddings(NamedTuple):
         purity: how little each tracklet looks like two people, -1 to 1 (:func:`~temporal_agg.tracklet_purity`), NaN =
             unknown; None = unknown for all.
         change: the place, from 0 on, of the frame from which it would show the second one, -1 = unknown.
+        marks: 8 bytes for each frame of each tracklet, a hash of its file's content; b"" = unknown.
     """
 
     embeddings: Tensor
@@ -72,6 +76,7 @@ class Embeddings(NamedTuple):
     end: list[int] | None = None
     purity: list[float] | None = None
     change: list[int] | None = None
+    marks: list[bytes] | None = None
 
 
 def write_embeddings(path: str | os.PathLike, found: Embeddings) -> None:
@@ -185,22 +190,37 @@ def _read_npz(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         _bound(path, sum(member.file_size for member in archive.infolist()))
     with np.load(path, allow_pickle=False) as stored:
-        arrays = {key: stored[key] for key in Embeddings._fields if key in stored.files}
+        arrays = {key: stored[key] for key in (*Embeddings._fields, "num_marks") if key in stored.files}
     fields: dict[str, Any] = {}
     for key, array in arrays.items():
-        kinds = "f" if key in ("embeddings", "purity") else "iu" if key in NUMBERS else "U"
+        kinds = "f" if key in ("embeddings", "purity") else "iu" if key in {*NUMBERS, *MARKS} else "U"
         dimensions = 2 if key == "embeddings" else 1
         if key in ONCE:
             kinds, dimensions = "b" if ONCE[key] is bool else "U", 0
         if array.dtype.kind not in kinds or array.ndim != dimensions:
             what = {"f": "floating-point", "iu": "integers", "U": "text", "b": "a bool"}[kinds]
             raise ValueError(f"{key} should be {what} of {dimensions} dimensions, got {array.dtype} {array.shape}")
-        fields[key] = _tensor(array) if key == "embeddings" else array.tolist()
+        fields[key] = _tensor(array) if key == "embeddings" else array if key in MARKS else array.tolist()
+    if fields.keys() & MARKS:
+        fields["marks"] = _cut(fields.get("marks"), fields.pop("num_marks", None))
     return fields
 
 
+def _cut(marks: np.ndarray | None, counts: np.ndarray | None) -> list[bytes]:
+    """What is stored of all tracklets together -> of each."""
+    if marks is None or counts is None or marks.dtype != np.uint64 or (counts < 0).any() or counts.sum() != len(marks):
+        raise ValueError("marks and num_marks do not fit each other")
+    flat, ends = marks.astype("<u8").tobytes(), [0, *(8 * counts.astype(np.int64).cumsum()).tolist()]
+    return [flat[start:end] for start, end in pairwise(ends)]
+
+
 def _write_npz(path: Path, found: Embeddings) -> None:
-    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in found._asdict().items() if value is not None}
+    given = {key: value for key, value in found._asdict().items() if value is not None}
+    marks = given.pop("marks", None)
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in given.items()}
+    if marks is not None:
+        arrays["marks"] = np.frombuffer(b"".join(marks), "<u8")
+        arrays["num_marks"] = np.array([len(mark) // 8 for mark in marks], np.int64)
     with open(path, "wb") as file:  # savez would add .npz to a name
         np.savez(file, **arrays)
 
@@ -250,6 +270,10 @@ def _column(pa: Any, key: str, column: "pyarrow.ChunkedArray") -> Any:
         if not fits(kind):
             raise ValueError(f"{key} should be {what}, got {kind}")
         return column.to_pylist()
+    if key == "marks":
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise ValueError(f"marks should be bytes, got {kind}")
+        return column.to_pylist()
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
         raise ValueError(f"{key} should be text, got {kind}")
     return [x if isinstance(x, str) else x.decode("utf-8", "surrogateescape") for x in column.to_pylist()]
@@ -268,7 +292,8 @@ def _write_parquet(path: Path, found: Embeddings) -> None:
             texts = [text.encode("utf-8", "surrogateescape") for text in value]
             value = pa.array(texts if any(_foreign(text) for text in value) else value)
         else:
-            value = pa.array(value, pa.int64() if key in NUMBERS else pa.float64())
+            kinds_of = {"marks": pa.binary(), "purity": pa.float64()}
+            value = pa.array(value, kinds_of.get(key, pa.int64()))
         columns[COLUMNS.get(key, key)] = value
     about = {key: getattr(found, key) for key in ONCE}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about).encode()})
@@ -313,6 +338,8 @@ def _check(found: Embeddings, what: str) -> None:
         values = getattr(found, field)
         if values is not None and len(values) != shape[0]:
             raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")
+    if found.marks is not None and any(len(mark) % 8 for mark in found.marks):
+        raise ValueError(f"{what} should have marks of 8 bytes for each frame")
     if found.distance not in ("cosine", "euclidean", "dot"):
         raise ValueError(f"{what} should have the distance cosine, euclidean or dot, got {found.distance!r}")
 

@@ -162,3 +162,19 @@ def test_no_gates_without_alignment(local):
     aggregator, _, details = inspected("fgra", local_branch=local, temporal="average")
     assert "gates" not in aggregator.maps
     assert set(details.maps) == set(aggregator.maps)
+
+
+@pytest.mark.parametrize("name", ["grl", "gltr", "fgra"])
+def test_batch_norm_counts_once_in_training(name):
+    """And what the loss needs for its backward is still there."""
+    torch.manual_seed(0)
+    aggregator = create_aggregator(name, C).double().train()
+    other = create_aggregator(name, C).double().train()
+    other.load_state_dict(aggregator.state_dict())
+    features = torch.randn(B, T, C, H, W, dtype=torch.float64)
+    with torch.random.fork_rng():
+        details = aggregator.inspect(features)
+    other(features)
+    for (key, got), want in zip(aggregator.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(got, want), key
+    details.embedding.sum().backward()

@@ -1,3 +1,6 @@
+import os
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +215,28 @@ def test_collate_pads_to_the_longest_clip():
     assert batch["pid"].tolist() == [3, 1, 2]
     assert batch["index"].tolist() == [2, 0, 1]
     assert batch["label"].dtype == torch.int64
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="what is faked here reaches forked workers only")
+@pytest.mark.parametrize(("free", "total", "shared"), [(2**30, 2**30, True), (2**26, 2**30, False), (0, 2**26, False)])
+def test_workers_leave_a_small_shared_memory_alone(free, total, shared, monkeypatch):
+    """In a container with 64 MB, torch's way ends in a worker's traceback, and a parent that waits for ever."""
+    sizes = types.SimpleNamespace(f_bavail=free // 4096, f_frsize=4096, f_blocks=total // 4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: sizes)
+    items = [
+        {"clip": torch.rand(i, 3, 4, 2), "flow": torch.rand(i, 2, 4, 2), "mask": torch.ones(i) > 0}
+        | {"label": 1, "pid": 2, "camera": 3, "index": i}
+        for i in range(1, 5)
+    ]
+    options = {"batch_size": 2, "collate_fn": collate_clips, "multiprocessing_context": "fork", "num_workers": 2}
+    want = [collate_clips(items[:2]), collate_clips(items[2:])]
+    got = list(DataLoader(items, **options))
+    for batch, right in zip(got, want, strict=True):
+        assert type(batch) is dict
+        assert list(batch) == list(right)
+        assert all(torch.equal(batch[key], right[key]) for key in right)
+        assert {tensor.is_shared() for tensor in batch.values()} == {shared}
+        batch["clip"] += 1  # writable, as ever
 
 
 def test_errors():

@@ -1,4 +1,9 @@
-"""Killed before any write of any command, the same command comes to the same files."""
+"""Killed before any write of any command, the same command comes to the same files.
+
+Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study. In
+tests/test_cli_kills.py: embed (also by several processes), append, search -o, merge, link, export. In
+tests/models/test_hub.py: save_pretrained. index and Parquet are written by the same ``replace_file``.
+"""
 
 import hashlib
 import json
@@ -203,7 +208,7 @@ study.Size = lambda: size
 """
 
 
-@pytest.mark.skipif("KILLS" not in os.environ, reason="a study is many trainings: minutes; KILLS=4 runs it")
+@pytest.mark.skipif("KILLS" not in os.environ, reason="each kill is a whole study anew: minutes; KILLS=2 runs it")
 def test_study(server, tmp_path):
     argv = ["--out", "{}", "--only", "mean", "--seeds", "2", "--device", "cpu"]
     kill_everywhere(server, tmp_path, "study", argv, setup=STUDY, most=min(8, MOST))

@@ -1,6 +1,7 @@
 """Settings: what makes no sense, fits nothing or is no YAML is refused by name, before anything is loaded."""
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -149,3 +150,19 @@ def test_what_does_not_fit_shows_before_data_are_opened(recipe, tmp_path, argv, 
     with pytest.raises(SystemExit, match=message):
         recipe("train").main([*TINY, *argv.split(), "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_callers_default_type_and_device_do_not_matter(recipe):
+    """Nor are they changed: a notebook's are its own."""
+    common = recipe("common")
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        with common.own_defaults():
+            assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.float32, "cpu")
+        assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for name in ("train", "evaluate"):
+        assert hasattr(recipe(name).main, "__wrapped__"), "it has the caller's defaults"

@@ -11,7 +11,7 @@ from temporal_agg.retrieval.store import Embeddings, append_embeddings, merge_em
 
 NAMES = ["0001/1_a", "0002/张", "bytes \udce9", "a\nb"]  # the third as Python has a name that is no UTF-8
 
-NOTHING = dict.fromkeys(("pids", "cameras", "frames", "start", "end", "purity", "change"))
+NOTHING = dict.fromkeys(("pids", "cameras", "frames", "start", "end", "purity", "change", "marks"))
 
 
 def embeddings(names=tuple(NAMES), seed=0, **changes):
@@ -31,6 +31,7 @@ def embeddings(names=tuple(NAMES), seed=0, **changes):
         end=[2**40 + i for i in range(N)],
         purity=[1 / (i + 3) for i in range(N)],
         change=[i - 1 for i in range(N)],
+        marks=[bytes(range(8 * i)) for i in range(N)],  # as many frames as its number
     )
     return found._replace(**changes)
 
@@ -70,7 +71,9 @@ def test_the_keys_of_an_npz_file(tmp_path):
     """As the documentation has them, read without this package."""
     store.write_embeddings(tmp_path / "a.npz", embeddings())
     with np.load(tmp_path / "a.npz") as stored:
-        assert set(stored.files) == set(Embeddings._fields)
+        assert set(stored.files) == {*Embeddings._fields, "num_marks"}
+        assert stored["marks"].tobytes() == b"".join(embeddings().marks)
+        assert stored["num_marks"].tolist() == [0, 1, 2, 3]
         assert (stored["embeddings"].dtype, stored["embeddings"].shape) == (np.float32, (4, 8))
         assert stored["names"].tolist() == NAMES
         assert not stored["normalized"]
@@ -81,7 +84,8 @@ def test_the_columns_of_a_parquet_file(tmp_path):
     found = embeddings(names=["a", "b"])
     store.write_embeddings(tmp_path / "a.parquet", found)
     table = parquet.read_table(tmp_path / "a.parquet")
-    assert table.column_names == ["embedding", "name", "pid", "camera", "frames", "start", "end", "purity", "change"]
+    columns = ["embedding", "name", "pid", "camera", "frames", "start", "end", "purity", "change", "marks"]
+    assert table.column_names == columns
     assert table["name"].to_pylist() == ["a", "b"]
     assert table["embedding"].to_pylist() == found.embeddings.tolist()
     about = json.loads(table.schema.metadata[b"temporal-agg"])
@@ -123,7 +127,7 @@ def test_merge_and_append(kind, tmp_path):
 
 
 def test_merge_with_what_has_no_identities():
-    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None, purity=None, change=None)
+    bare = embeddings(names=["x"], pids=None, cameras=None, frames=None, purity=None, change=None, marks=None)
     merged = merge_embeddings(embeddings(), bare)
     assert merged.pids == [0, 1, 2, 3, -1]
     assert merged.cameras == [-1] * 5
@@ -131,6 +135,7 @@ def test_merge_with_what_has_no_identities():
     assert merged.purity[:4] == embeddings().purity
     assert math.isnan(merged.purity[4])
     assert merged.change == [-1, 0, 1, 2, -1]
+    assert merged.marks == [*embeddings().marks, b""]
     assert merge_embeddings(bare).pids is None
 
 
