@@ -32,6 +32,7 @@ SUFFIXES = (".npz", ".parquet")
 INFLATED = 100  # times the size of a file on the disk that its content may take in memory; embeddings take 1 to 2
 ALWAYS = 1 << 24  # bytes that it may take anyway
 KEY = b"temporal-agg"
+_LARGEST = 2**63 - 1
 COLUMNS = {"names": "name", "embeddings": "embedding", "pids": "pid", "cameras": "camera"}  # others: the field's name
 NUMBERS, TEXTS = ("pids", "cameras", "start", "end", "change"), ("names", "frames")
 MARKS = {"marks", "num_marks"}
@@ -113,6 +114,8 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
         found = Embeddings(**{**DEFAULTS, **fields})
         _check(found, "it")
         _check_finite(found)
+        if twice := _twice(found.names):
+            raise ValueError(f"two of its tracklets are named {twice}")
     except Exception as error:  # numpy, zipfile, zlib and pyarrow raise what they stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -144,10 +147,9 @@ def merge_embeddings(*parts: Embeddings) -> Embeddings:
                 f"these embeddings have {first.embeddings.shape[1]} and {part.embeddings.shape[1]} numbers."
             )
     names = [name for part in parts for name in part.names]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+    if twice := _twice(names):
         raise ValueError(
-            f"two tracklets are named {twice[0]!r}{more}: names must be unique. Rename folders, or embed a folder that "
+            f"two tracklets are named {twice}: names must be unique. Rename folders, or embed a folder that "
             "holds both: its tracklets are named by their paths in it."
         )
     columns: dict[str, Any] = {}
@@ -338,10 +340,22 @@ def _check(found: Embeddings, what: str) -> None:
         values = getattr(found, field)
         if values is not None and len(values) != shape[0]:
             raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")
+    for field in ("pids", "cameras"):
+        for i, value in enumerate(getattr(found, field) or ()):
+            if not -1 <= value <= _LARGEST:
+                raise ValueError(f"{what} should have {field} from -1 (unknown) on, got {value} of {found.names[i]!r}")
     if found.marks is not None and any(len(mark) % 8 for mark in found.marks):
         raise ValueError(f"{what} should have marks of 8 bytes for each frame")
     if found.distance not in ("cosine", "euclidean", "dot"):
         raise ValueError(f"{what} should have the distance cosine, euclidean or dot, got {found.distance!r}")
+
+
+def _twice(names: list[str]) -> str:
+    """What says which names come more than once; empty where none does."""
+    if len(set(names)) == len(names):
+        return ""
+    first, *others = [name for name, count in Counter(names).items() if count > 1]
+    return f"{first!r} and {len(others)} more" if others else repr(first)
 
 
 def _check_finite(found: Embeddings) -> None:
