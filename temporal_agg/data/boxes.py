@@ -80,6 +80,8 @@ NAMES += ("truncation", "occlusion", "detection", "-")
 ALIASES = {"track_id": "id", "conf": "confidence", "score": "confidence", "cls": "class", "class_id": "class"}
 ALIASES |= {"bb_left": "left", "bb_top": "top", "bb_width": "width", "bb_height": "height"}
 ALIASES |= {"x1": "left", "y1": "top", "x2": "right", "y2": "bottom"}
+ALIASES |= {"x_min": "left", "y_min": "top", "x_max": "right", "y_max": "bottom", "tracker_id": "id"}
+ALIASES |= dict.fromkeys(("frame_id", "frame_idx", "frame_index", "frame_number"), "frame")
 VISIBLE = {0: 1.0, 1: 0.75, 2: 0.25}  # of VisDrone's occlusion: none, up to half, more
 
 
@@ -382,6 +384,8 @@ def _box(values: Row, layout: Layout, people: set[int] | None, confidence: float
         return None, f"of other classes than {', '.join(map(str, sorted(people)))}"
     if right <= left or bottom <= top:
         return None, "without an area"
+    if right - left < 1 or bottom - top < 1:
+        return None, "of less than a pixel (shares of the picture are no pixels: multiply them by its size)"
     if sure is not None and sure < confidence:
         return None, f"of a confidence below {confidence:g}"
     left, top = left - layout.origin, top - layout.origin

@@ -102,6 +102,7 @@ def test_unknown_is_said_by_minus_one(write):
         (["1,1,1,1,30"], "line 1: expected frame,id,left"),
         (["1,1,1,x,30,60"], "line 1: expected frame,id,left"),
         (["1,1,1,1,0,60"], "left out: 1 without an area"),
+        (["1,1,0.1,0.1,0.04,0.2,0.9"], "left out: 1 of less than a pixel"),
         ([""], "is empty, missing frame, id"),
         (["left,top"], "missing frame, id, width, height"),
         (["frame,id,left,top,width,height", "1,1,1,x,1,1"], "line 2: expected numbers"),
@@ -150,7 +151,7 @@ def test_csv_and_text_as_editors_write_them(write, encoding):
     assert found.boxes == [Box(1, 1, 19, 59, 40, 120, 0.5)]
     corners = ["frame,track_id,left,top,right,bottom", "0,1,20,60,60,180"]
     assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
-    corners[0] = "frame,track_id,x1,y1,x2,y2"  # as detectors call them
+    corners[0] = "frame_idx,track_id,x1,y1,x2,y2"  # as detectors call them
     assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
 
 
