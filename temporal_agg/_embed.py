@@ -156,7 +156,10 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
     if flow and files and (beside := flow_file(files)).is_file():
         files.append(os.fspath(beside))
     for file in files:
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError:  # a link to nowhere, or a loop: what reads the frame says so
+            continue
         digest.update(os.fsencode(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
