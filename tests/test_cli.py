@@ -264,7 +264,7 @@ def test_errors_say_what_to_do(embed, models, folder, tmp_path, capsys):
         fails(str(folder / "0003" / "2_a" / "2.png"), "--workers", workers)
     (folder / "0003" / "2_a" / "2.png").unlink()
     (folder / "0003" / "2_a" / "2.png").symlink_to("nowhere")
-    fails("2.png: there is no such file. It is frame", "--restart")
+    fails("2.png: there is no such file. It is frame", "--overwrite")
 
     with pytest.raises(SystemExit) as exit:
         cli.main(["embed", str(folder), "-o", "x.npz"])
