@@ -175,10 +175,10 @@ def add_others(commands) -> None:
         add_common(sub, repeats=5)
         sub.set_defaults(command=command, dtype="float32")
     sub = commands.add_parser("long", help=long_command.__doc__, description=long_command.__doc__, formatter_class=kind)
-    sub.add_argument("--names", default="mean,nan,robust,gltr", help="aggregators, by comma")
+    sub.add_argument("--names", default="robust,gltr", help="aggregators, by comma")
     sub.add_argument("--frames", type=int, default=20_000, help="of the tracklet")
     sub.add_argument("--size", default="32x16", help="height x width of a frame in pixels")
-    sub.add_argument("--backbone", default="resnet50", help="a timm model")
+    sub.add_argument("--backbone", default="resnet18", help="a timm model")
     sub.add_argument("--frames-per-batch", type=int, default=256, help="in one pass of the backbone")
     add_common(sub, repeats=1)
     sub.set_defaults(command=long_command, dtype="float32")
@@ -202,6 +202,7 @@ def add_others(commands) -> None:
 
     sub = commands.add_parser("all", help="every part in one file", formatter_class=kind)
     sub.add_argument("--out", default=str(results_of_speed.RESULTS), help="the JSON file")
+    sub.add_argument("--parts", default=",".join(PARTS), help="some of them, by comma; the file keeps the others")
     sub.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     sub.set_defaults(command=all_command)
     sub = commands.add_parser("compare", help="what became slower from one file to another", formatter_class=kind)
@@ -244,12 +245,18 @@ PARTS = {  # what "all" measures, and what of it in little
 
 
 def all_command(args: argparse.Namespace) -> dict:
-    parts = {}
+    path = Path(args.out).expanduser()
+    parts = results_of_speed.read(path) if path.exists() else {}
+    wanted = args.parts.split(",")
+    if unknown := [name for name in wanted if name not in PARTS]:
+        raise ValueError(f"--parts has no {', '.join(map(repr, unknown))}; it has {', '.join(PARTS)}.")
     for name, (options, little) in PARTS.items():
+        if name not in wanted:
+            continue
         command, own = parse([name, *options.split(), *(little.split() if args.quick else [])])
         print(f"\n{name}", flush=True)
         parts[name] = command(own)
-    common.write_json(Path(args.out).expanduser(), {"parts": parts})
+        common.write_json(path, {"parts": parts})  # what is measured stays, if the next one is stopped
     return {"parts": parts}
 
 
