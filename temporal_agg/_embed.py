@@ -23,6 +23,7 @@ from ._version import __version__
 from .data import Tracklet
 from .data.flow import flow_file
 from .data.readers import IMAGE_SUFFIXES, NOT_DATA, frame_order, is_image
+from .data.tracklet import file_names
 from .inference import embed_tracklets, frames_bar
 from .models import TrackletModel, create_model
 from .retrieval.store import Embeddings
@@ -166,13 +167,8 @@ def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
 
 def frame_marks(tracklet: Tracklet) -> bytes:
     """8 bytes for each frame, equal where the file's content is: a copy of some of the frames can be told by them."""
-    digests = []
-    for frame in tracklet.frames:
-        if isinstance(frame, np.ndarray):  # in memory
-            return b""
-        with open(frame, "rb") as file:
-            digests.append(hashlib.blake2b(file.read(), digest_size=8).digest())
-    return b"".join(digests)
+    files = file_names(tracklet) or ()  # in memory: nothing is known of them
+    return b"".join(hashlib.blake2b(Path(file).read_bytes(), digest_size=8).digest() for file in files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

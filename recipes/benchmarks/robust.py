@@ -27,9 +27,9 @@ import common
 import numpy as np
 import torch
 import train
-from common import draw, score, summary, write_json, write_text
+from common import cell, draw, score, summary, write_json, write_text
+from comparison import markdown
 from settings import Settings
-from study import markdown
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -281,10 +281,6 @@ def gather(results: Sequence[dict]) -> dict:
 # What a person reads
 
 
-def percent(values: Sequence[float]) -> str:
-    return common.cell(values)
-
-
 def head(what: str) -> list[str]:
     return [what, *(f"{100 * share:g} %" for share in SHARES)]
 
@@ -294,7 +290,7 @@ def maps(measures: dict, key: str) -> list[list[float]]:
 
 
 def table_of_poolings(measures: dict) -> str:
-    rows = [[key, *map(percent, maps(measures, key))] for key in measures["0.0"]]
+    rows = [[key, *map(cell, maps(measures, key))] for key in measures["0.0"]]
     return markdown(head("foreign frames"), rows)
 
 
@@ -302,7 +298,7 @@ def table_of_aggregators(of: dict) -> str:
     rows = []
     for name in [name for name in of if name not in (*TITLES, SYNTHETIC)]:
         measures = of[name]["measures"]
-        rows += [[f"{key} ({len(of[name]['split'])})", *map(percent, maps(measures, key))] for key in measures["0.0"]]
+        rows += [[f"{key} ({len(of[name]['split'])})", *map(cell, maps(measures, key))] for key in measures["0.0"]]
     return markdown(head("foreign frames (splits)"), rows) if rows else ""
 
 

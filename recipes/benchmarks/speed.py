@@ -74,8 +74,8 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
         "aggregators", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     every = ",".join(list_aggregators())
-    sub.add_argument("--names", default=every, help="aggregators, by comma; an empty string for none")
-    sub.add_argument("--systems", default="", help="whole models, by comma, such as star_resnet50")
+    sub.add_argument("--names", type=listed, default=every, help="aggregators, by comma; an empty string for none")
+    sub.add_argument("--systems", type=listed, default="", help="whole models, by comma, such as star_resnet50")
     sub.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of the aggregators")
     sub.add_argument("--batch", type=int, default=8, help="clips in a batch")
     sub.add_argument("--frames", type=int, default=8, help="frames of a clip")
@@ -117,21 +117,17 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
             args.sizes = [(int(q), int(g)) for q, g in (size.lower().split("x") for size in args.sizes.split(","))]
         except ValueError:
             ranked.error(f"--sizes must be QUERIESxGALLERY, by comma, such as 1980x11310, got {args.sizes!r}")
-    if "models" in args or command is long_command:
-        listed = "models" if "models" in args else "names"
-        setattr(args, listed, [name for name in getattr(args, listed).split(",") if name])
+    if "size" in args:
         try:
-            for size in [args.size, *(model.split("@")[1] for model in getattr(args, listed) if "@" in model)]:
+            for size in [args.size, *(model.split("@")[1] for model in getattr(args, "models", ()) if "@" in model)]:
                 common.image_size(size)
         except ValueError as error:
             parser.error(str(error))
     if command is aggregators_command:
-        args.names, args.systems = ([n for n in names.split(",") if n] for names in (args.names, args.systems))
         if not args.names + args.systems:
             sub.error("nothing to measure: pass --names or --systems")
         try:
             args.options = common.key_values(args.options)
-            common.image_size(args.size)
         except ValueError as error:
             sub.error(f"--options {error}" if "KEY=VALUE" in str(error) else str(error))
         if args.export and (args.device != "cpu" or args.dtype != "float32"):
@@ -142,6 +138,10 @@ def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
             except (TypeError, ValueError) as error:
                 sub.error(str(error))
     return command, args
+
+
+def listed(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -161,7 +161,7 @@ def add_others(commands) -> None:
     ):
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__, formatter_class=kind)
         sizes = "" if name == "embed" else ", each with its size if it has one of its own (resnet50@256x128)"
-        sub.add_argument("--models", default=models, help=f"timm models, by comma{sizes}")
+        sub.add_argument("--models", type=listed, default=models, help=f"timm models, by comma{sizes}")
         sub.add_argument("--size", default=size, help="height x width of a frame in pixels")
         sub.add_argument("--frames", type=int, default=frames, help="of a tracklet, of a clip")
         if name == "embed":
@@ -175,7 +175,7 @@ def add_others(commands) -> None:
         add_common(sub, repeats=5)
         sub.set_defaults(command=command, dtype="float32")
     sub = commands.add_parser("long", help=long_command.__doc__, description=long_command.__doc__, formatter_class=kind)
-    sub.add_argument("--names", default="robust,gltr", help="aggregators, by comma")
+    sub.add_argument("--names", type=listed, default="robust,gltr", help="aggregators, by comma")
     sub.add_argument("--frames", type=int, default=20_000, help="of the tracklet")
     sub.add_argument("--size", default="32x16", help="height x width of a frame in pixels")
     sub.add_argument("--backbone", default="resnet18", help="a timm model")
@@ -185,7 +185,9 @@ def add_others(commands) -> None:
     sub = commands.add_parser(
         "stream", help=stream_command.__doc__, description=stream_command.__doc__, formatter_class=kind
     )
-    sub.add_argument("--models", default="mean_resnet18,attention_resnet18,gltr_resnet18", help="models, by comma")
+    sub.add_argument(
+        "--models", type=listed, default="mean_resnet18,attention_resnet18,gltr_resnet18", help="models, by comma"
+    )
     sub.add_argument("--size", default="256x128", help="height x width of a frame in pixels")
     sub.add_argument("--tracks", type=int, default=50, help="how many")
     sub.add_argument("--steps", type=int, default=1, help="frames of the video in a timed run")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .._files import locked, replace_file
+from ..data.tracklet import check_ids
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,7 +33,6 @@ SUFFIXES = (".npz", ".parquet")
 INFLATED = 100  # times the size of a file on the disk that its content may take in memory; embeddings take 1 to 2
 ALWAYS = 1 << 24  # bytes that it may take anyway
 KEY = b"temporal-agg"
-_LARGEST = 2**63 - 1
 COLUMNS = {"names": "name", "embeddings": "embedding", "pids": "pid", "cameras": "camera"}  # others: the field's name
 NUMBERS, TEXTS = ("pids", "cameras", "start", "end", "change"), ("names", "frames")
 MARKS = {"marks", "num_marks"}
@@ -340,10 +340,9 @@ def _check(found: Embeddings, what: str) -> None:
         values = getattr(found, field)
         if values is not None and len(values) != shape[0]:
             raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")
-    for field in ("pids", "cameras"):
-        for i, value in enumerate(getattr(found, field) or ()):
-            if not -1 <= value <= _LARGEST:
-                raise ValueError(f"{what} should have {field} from -1 (unknown) on, got {value} of {found.names[i]!r}")
+    unknown = [-1] * shape[0]
+    for name, pid, camera in zip(found.names, found.pids or unknown, found.cameras or unknown, strict=True):
+        check_ids(pid, camera, f"{what} (pids and cameras of {name!r})")
     if found.marks is not None and any(len(mark) % 8 for mark in found.marks):
         raise ValueError(f"{what} should have marks of 8 bytes for each frame")
     if found.distance not in ("cosine", "euclidean", "dot"):
