@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 
 import pytest
 import torch
@@ -315,8 +314,6 @@ def test_nan_input_stays_visible(aggregator):
 @needs_exporter
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_into_one_graph(aggregator, backend):
-    if backend == "inductor" and aggregator.is_recurrent and "COMPILE" not in os.environ:
-        pytest.skip("generates code for every frame: a minute or more each; COMPILE=1 does it")
     torch._dynamo.reset()
     compiled = torch.compile(aggregator, fullgraph=True, dynamic=True, backend=backend)
     for B, T in ((2, 3), (3, 2)) if aggregator.clip_length is None else ((2, None), (3, None)):
