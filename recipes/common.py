@@ -213,6 +213,7 @@ def embed(
     accelerator: accelerate.Accelerator,
     frames_per_batch: int = 256,
     progress: bool = True,
+    reject_outliers: bool = False,
 ) -> Tensor:
     """Every process embeds its share of the tracklets; all of them get all embeddings ``[N, D]``, in order."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -220,8 +221,14 @@ def embed(
     share = tracklets[rank::world]
     if share:
         progress = progress and accelerator.is_main_process
-        options: dict[str, Any] = {"device": accelerator.device, "progress": progress}
-        rows[: len(share)] = temporal_agg.embed_tracklets(model, share, frames_per_batch=frames_per_batch, **options)
+        rows[: len(share)] = temporal_agg.embed_tracklets(
+            model,
+            share,
+            frames_per_batch=frames_per_batch,
+            device=accelerator.device,
+            progress=progress,
+            reject_outliers=reject_outliers,
+        )
     if world == 1:
         return rows
     rows = accelerator.gather(rows.to(accelerator.device)).cpu()

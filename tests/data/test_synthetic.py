@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 
@@ -119,19 +117,6 @@ def test_it_feeds_a_clip_data_set():
     for i in range(len(clips)):
         assert clips[i]["clip"].shape == (4, 3, 64, 32)
         assert clips[i]["clip"].isfinite().all()
-
-
-def test_speed():
-    """300 frames a second on one core; the machine may be busy, hence the best of several tries."""
-    data = synthetic_data()
-    best = 0.0
-    for start in range(0, 20, 2):
-        tracklets = data.train[start : start + 2]
-        count, began = sum(map(len, tracklets)), time.process_time()
-        for t in tracklets:
-            t.load(range(len(t)))
-        best = max(best, count / (time.process_time() - began))
-    assert best > 300, f"{best:.0f} frames a second"
 
 
 def test_errors():

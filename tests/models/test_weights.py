@@ -259,7 +259,7 @@ def test_hostile_files_end_at_once(tmp_path):
     read_checkpoint(tmp_path / "shared.pth")
     with pytest.raises(ValueError, match=r"codec\.pth holds more than tensors \(_codecs\.encode\)"):
         read_checkpoint(tmp_path / "codec.pth")
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 60, "it would be hours"
     # The next file is read by torch's own rules again.
     assert torch._weights_only_unpickler._get_allowed_globals()["_codecs.encode"] is _codecs.encode
 

@@ -92,7 +92,8 @@ def test_the_record_holds_what_the_runs_reach(recipe, ward, argv, finished):
     ((result,),) = recipe("evaluate").main([str(run), "--out", str(args.out / "eval"), "--no-figures"]).values()
     got = finished["results"]["gltr"]["1"]
     assert got["tests"]["clean"] == {"map": pytest.approx(result["map"]), "rank1": pytest.approx(result["rank1"])}
-    assert set(got["tests"]) == {"clean", "foreign 50 %", "bad boxes 50 %"}
+    faults = {"clean", "foreign 50 %", "bad boxes 50 %"}
+    assert set(got["tests"]) == faults | {"clean, outliers rejected", "foreign 50 %, outliers rejected"}
     assert (got["criterion"], got["num_features"], len(got["losses"])) == ("gltr", 384, 1)
     assert json.loads((args.results / "ward.json").read_text()) == json.loads(json.dumps(finished))
 
