@@ -1,4 +1,4 @@
-"""What the comparisons share: variants, jobs in several processes, paired intervals, and what may be said by them."""
+"""What the comparisons share: variants, jobs in several processes, mixed tracklets, paired intervals, what they say."""
 
 import argparse
 import math
@@ -15,6 +15,8 @@ from typing import Any
 import common
 import numpy as np
 import torch
+
+from temporal_agg import data
 
 # t(0.975) for n - 1 degrees of freedom, n = 2, 3, ...
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -100,6 +102,21 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, v
         parser.error(str(error))
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tracklets that a tracker has mixed up
+
+
+def intrusion(
+    tracklet: data.Tracklet, tracklets: Sequence[data.Tracklet], share: float, rng: np.random.Generator
+) -> tuple[range, int]:
+    """The run of a tracklet's frames that goes, and whose frames come: the place of another one of its camera."""
+    others = [i for i, t in enumerate(tracklets) if t.camera == tracklet.camera and t.pid != tracklet.pid]
+    other = others[rng.integers(len(others))]
+    count = round(share * len(tracklet))
+    start = int(rng.integers(len(tracklet) - count + 1))
+    return range(start, start + count), other
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Tracklets in which a tracker has mixed people up, on WARD: what pooling loses, and what robust means keep of it.
 
     python recipes/benchmarks/robust.py --root <clone> --backbone-weights mobilenetv2_100.safetensors --out runs/robust
-    python recipes/benchmarks/robust.py --root <clone> --mean 'runs/ward/mean-split{split}' \\
-        --trained 'runs/ward/{name}-split{split}' --names fgra,grl      # runs of train.py that are there already
+    python recipes/benchmarks/robust.py --root <clone> --mean 'runs/ward/encoder-split{split}'  # runs of train.py
 
 A run of 0 to 40 % of the frames of every query and gallery tracklet is replaced by frames of another person in the same
 camera, for each of WARD's ten splits. Compared on the same frames: the mean, the geometric median and the biweight mean
-of the frame vectors of a mean model trained on the split; and every trained aggregator, each with and without
-outlier_mask before it. Whether weights and purity know the foreign frames is the area under the ROC curve; the same for
-the faults of synthetic tracklets, with the demonstration model.
+of the frame vectors of a mean model trained on the split, and the mean behind outlier_mask (ward.py has every trained
+aggregator with and without it, on the same tracklets). Whether weights and purity know the foreign frames is the area
+under the ROC curve; the same for the faults of synthetic tracklets, with the demonstration model.
 
 A mean model that is not in --mean's place is trained there first. Every split of every model is one file in --out: the
 same command goes on where a killed one stopped, and the results are of all that is there (--splits 0,1 does some of
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import train
 from common import cell, draw, score, summary, write_json, write_text
-from comparison import markdown
+from comparison import intrusion, markdown
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,11 +47,9 @@ STRENGTH = 0.6  # of the synthetic faults
 DEMONSTRATION = Path(__file__).resolve().parents[2] / "hub" / "attention_resnet10t.synthetic"
 RESULTS = Path(__file__).parent / "results"
 MEAN, FROZEN, SYNTHETIC = "mean", "frozen", "synthetic"
-MASKED = "outlier_mask, then {}"
 GOAL = "robust, c = 2"  # is held against the mean
 GOALS = (("no foreign frame", 0.0, -1.5), ("20 % foreign", 0.2, 10.0), ("30 % foreign", 0.3, 14.0))
-known: dict[str, "Seen"] = {}  # of the frozen model, by tracklet
-Seen = tuple[Tensor, Tensor | None]  # features [n, ...] of a tracklet's frames, and images where they are wanted
+known: dict[str, Tensor] = {}  # what the frozen model sees of each tracklet
 
 
 def unit(x: Tensor) -> Tensor:
@@ -64,7 +61,7 @@ POOLINGS = {  # of frame vectors [N, T, C] with a mask
     "mean, unit length": lambda x, mask: masked.mean(unit(x), mask),
     "geometric median": lambda x, mask: geometric_median(unit(x), mask),
     **{f"robust, c = {c:g}": lambda x, mask, c=c: biweight_mean(unit(x), mask, c) for c in CUTOFFS},
-    MASKED.format(MEAN): lambda x, mask: masked.mean(x, outlier_mask(x, mask)),
+    "outlier_mask, then mean": lambda x, mask: masked.mean(x, outlier_mask(x, mask)),
 }
 
 
@@ -72,62 +69,36 @@ POOLINGS = {  # of frame vectors [N, T, C] with a mask
 # Foreign frames
 
 
-def see(model: temporal_agg.TrackletModel, tracklets: Sequence) -> list[Seen]:
-    """What the model's aggregator gets of each tracklet's frames."""
+def see(model: temporal_agg.TrackletModel, tracklets: Sequence) -> list[Tensor]:
+    """The vectors ``[T, C]`` of each tracklet's frames."""
     runner = FrameRunner(model, frames_per_batch=64)
     with runner.running():
-        seen = [runner(runner.transform.resize(t.load(range(len(t))))) for t in tracklets]
-    return [(x.clone(), None if images is None else images.clone()) for x, images in seen]
+        features = [runner(runner.transform.resize(t.load(range(len(t)))))[0].float() for t in tracklets]
+        return [x.mean((2, 3)) if x.dim() == 4 else x.clone() for x in features]
 
 
-def intruders(tracklets: Sequence[data.Tracklet], share: float, seed: int) -> list[tuple[range, int, list[int]]]:
-    """For each tracklet the run of its frames that goes, and whose frames come: a tracklet, and its frames."""
-    rng, found = np.random.default_rng((seed, round(1000 * share))), []
-    for t in tracklets:
-        others = [j for j, o in enumerate(tracklets) if o.camera == t.camera and o.pid != t.pid]
-        count = round(share * len(t))
-        start, other = int(rng.integers(len(t) - count + 1)), others[rng.integers(len(others))]
-        first, length = int(rng.integers(len(tracklets[other]))), len(tracklets[other])
-        found.append((range(start, start + count), other, [(first + i) % length for i in range(count)]))
+def intrusions(tracklets: Sequence[data.Tracklet], share: float, split: int) -> list[tuple[range, int]]:
+    """For each tracklet the run of its frames that goes, and whose come; ward.py has the same."""
+    seeds = [(split, t.pid, t.camera) for t in tracklets]
+    return [
+        intrusion(t, tracklets, share, np.random.default_rng(seed)) for t, seed in zip(tracklets, seeds, strict=True)
+    ]
+
+
+def mixed(seen: Sequence[Tensor], plan: Sequence[tuple[range, int]]) -> list[Tensor]:
+    """The tracklets with their intruders' frames."""
+    found = []
+    for x, (run, other) in zip(seen, plan, strict=True):
+        x = x.clone()
+        x[list(run)] = seen[other][[i % len(seen[other]) for i in run]]
+        found.append(x)
     return found
 
 
-def mixed(seen: Sequence[Seen], plan: Sequence[tuple[range, int, list[int]]]) -> list[Seen]:
-    """The tracklets with their intruders' frames."""
-
-    def put(i: int, k: int) -> Tensor | None:
-        run, other, frames = plan[i]
-        own, theirs = seen[i][k], seen[other][k]
-        if own is None or theirs is None or not len(run):
-            return own
-        own = own.clone()
-        own[run.start : run.stop] = theirs[frames]
-        return own
-
-    return [(put(i, 0), put(i, 1)) for i in range(len(seen))]  # type: ignore[misc]
-
-
-def vectors(x: Tensor) -> Tensor:
-    return (x.mean((2, 3)) if x.dim() == 4 else x).float()
-
-
-def padded(seen: Sequence[Seen]) -> tuple[Tensor, Tensor]:
+def padded(seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Frame vectors ``[N, T, C]`` and the mask."""
-    x = pad_sequence([vectors(x) for x, _ in seen], batch_first=True)
-    return x, torch.arange(x.shape[1]) < torch.tensor([len(x) for x, _ in seen])[:, None]
-
-
-def embed(model: temporal_agg.TrackletModel, seen: Sequence[Seen], reject: bool) -> Tensor:
-    """What embed_tracklets gives, from features that are there already; with or without outlier_mask."""
-    rows = []
-    for x, images in seen:
-        indices, mask = model.clip.cut(len(x))
-        if reject:
-            mask = mask & outlier_mask(vectors(x)[None])[0][indices]
-            indices, mask = indices[mask.any(1)], mask[mask.any(1)]
-        clips = None if images is None else images[indices]
-        rows.append(model.aggregate(x[indices], mask, images=clips).mean(0))
-    return torch.stack(rows)
+    x = pad_sequence(list(seen), batch_first=True)
+    return x, torch.arange(x.shape[1]) < torch.tensor(list(map(len, seen)))[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,7 +114,7 @@ def area(scores: Sequence[float], positive: Sequence[bool]) -> float:
     return float((of[1] * below).sum() / pairs) if pairs else math.nan
 
 
-def judged(clean: Sequence[Seen], seen: Sequence[Seen], struck: Sequence[Sequence[bool]]) -> dict:
+def judged(clean: Sequence[Tensor], seen: Sequence[Tensor], struck: Sequence[Sequence[bool]]) -> dict:
     """How well robust's weights know the struck frames, and purity the tracklets that have some, and their place."""
     x, mask = padded(seen)
     weights = biweight_mean(unit(x), mask, return_weights=True)[1][mask].tolist()
@@ -162,8 +133,8 @@ def judged(clean: Sequence[Seen], seen: Sequence[Seen], struck: Sequence[Sequenc
     }
 
 
-def measure(model: temporal_agg.TrackletModel, name: str, dataset: data.TrackletData, seed: int) -> dict:
-    """Of one model and split: mAP and rank-1 by share of foreign frames and pooling; of a mean model also areas."""
+def measure(model: temporal_agg.TrackletModel, name: str, dataset: data.TrackletData, split: int) -> dict:
+    """Of one model and split: mAP and rank-1 by share of foreign frames and pooling, and the areas."""
     tracklets = [*dataset.query, *dataset.gallery]
     if name == FROZEN:  # the same for all splits
         new = [t for t in tracklets if t.name not in known]
@@ -172,15 +143,12 @@ def measure(model: temporal_agg.TrackletModel, name: str, dataset: data.Tracklet
     found, judgements = {}, {}
     with torch.inference_mode():
         for share in SHARES:
-            plan = intruders(tracklets, share, seed)
+            plan = intrusions(tracklets, share, split)
             now = mixed(seen, plan)
-            if name in (MEAN, FROZEN):
-                rows = {key: pool(*padded(now)) for key, pool in POOLINGS.items()}
-                if share:
-                    struck = [[i in run for i in range(len(x))] for (x, _), (run, *_) in zip(now, plan, strict=True)]
-                    judgements[str(share)] = judged(seen, now, struck)
-            else:
-                rows = {key: embed(model, now, key != name) for key in (name, MASKED.format(name))}
+            if share:
+                struck = [[i in run for i in range(len(x))] for x, (run, _) in zip(now, plan, strict=True)]
+                judgements[str(share)] = judged(seen, now, struck)
+            rows = {key: pool(*padded(now)) for key, pool in POOLINGS.items()}
             found[str(share)] = {
                 key: {k: summary(metrics(embeddings, dataset, model.clip.distance))[k] for k in ("map", "rank1")}
                 for key, embeddings in rows.items()
@@ -231,7 +199,7 @@ def settings_of(args: argparse.Namespace, split: int) -> Settings:
 
 
 def jobs_of(args: argparse.Namespace) -> list[tuple[str, int]]:
-    names = [*([FROZEN] if args.backbone_weights else []), *([] if args.only_frozen else [MEAN, *args.names])]
+    names = [*([FROZEN] if args.backbone_weights else []), *([] if args.only_frozen else [MEAN])]
     return [(SYNTHETIC, 0), *((name, split) for name in names for split in args.splits)]
 
 
@@ -247,10 +215,8 @@ def run(args: argparse.Namespace, name: str, split: int) -> dict:
         result = measure(model, name, data.open_dataset("ward", args.root, split=split), split)
     else:
         dataset = data.open_dataset("ward", args.root, split=split)
-        place = Path((args.mean if name == MEAN else args.trained).format(name=name, split=split))
+        place = Path(args.mean.format(split=split))
         if not (place / "metrics.json").exists():
-            if name != MEAN:
-                raise FileNotFoundError(f"no finished run in {place}: train {name} there, or leave it out of --names.")
             if not args.backbone_weights:
                 raise FileNotFoundError(f"no finished run in {place}: pass --backbone-weights to train it there.")
             accelerator = common.accelerator_of(args.device)
@@ -294,14 +260,6 @@ def table_of_poolings(measures: dict) -> str:
     return markdown(head("foreign frames"), rows)
 
 
-def table_of_aggregators(of: dict) -> str:
-    rows = []
-    for name in [name for name in of if name not in (*TITLES, SYNTHETIC)]:
-        measures = of[name]["measures"]
-        rows += [[f"{key} ({len(of[name]['split'])})", *map(cell, maps(measures, key))] for key in measures["0.0"]]
-    return markdown(head("foreign frames (splits)"), rows) if rows else ""
-
-
 def table_of_areas(of: dict, kinds: Sequence[str]) -> str:
     rows = []
     found = {f"{kind}, {100 * float(k):g} % foreign": v for kind in kinds for k, v in of[kind]["areas"].items()}
@@ -337,8 +295,6 @@ def text(study: dict) -> str:
         count, measures = len(of[kind]["split"]), of[kind]["measures"]
         title = f"**{TITLES[kind]}**, {count} of WARD's 10 splits:"
         parts += [title, table_of_poolings(measures), *([gains(measures)] if kind == MEAN else [])]
-    if others := table_of_aggregators(of):
-        parts += ["**Aggregators that were trained on each split**, with and without `outlier_mask`:", others]
     tables = "\n\n".join(parts)
     return f"""mAP in %, mean ± deviation over the splits. A run of each tracklet's frames, in queries and gallery,
 shows another person of the same camera. Queries are of camera 1, the gallery of cameras 2 and 3. Each tracklet is
@@ -397,8 +353,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
     parser.add_argument("--root", required=True, help="WARD: the clone, or the folder of its images")
     parser.add_argument("--mean", default="runs/ward/mean-split{split}", help="run directories of the mean model")
-    parser.add_argument("--trained", default="runs/ward/{name}-split{split}", help="run directories of --names")
-    parser.add_argument("--names", default="", help="other aggregators that were trained, by comma")
     parser.add_argument("--only-frozen", action="store_true", help="train nothing: the backbone as it is, alone")
     parser.add_argument("--splits", default="0,1,2,3,4,5,6,7,8,9", help="by comma (all ten)")
     parser.add_argument("--backbone-weights", default="", help="a file of mobilenetv2_100, to train mean models from")
@@ -406,7 +360,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="where robust.json, .md and .png go; default: --out")
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
     args = parser.parse_args(argv)
-    args.names = [name for name in args.names.split(",") if name]
     try:
         args.splits = [int(split) for split in args.splits.split(",")]
         common.check_device(args.device)

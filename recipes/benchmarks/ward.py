@@ -135,13 +135,6 @@ def split_of(root: str, size: Size, split: int) -> data.TrackletData:
     return data.TrackletData(train, query, gallery, name=dataset.name)
 
 
-def run_of(tracklet: data.Tracklet, share: float, rng: np.random.Generator) -> range:
-    """The frames that a fault befalls, one after the other."""
-    count = round(share * len(tracklet))
-    start = int(rng.integers(len(tracklet) - count + 1))
-    return range(start, start + count)
-
-
 def off(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What a box shows that is off by up to 0.3 of its width, 0.2 of its height, and 0.8 to 1.3 times as large.
 
@@ -165,9 +158,9 @@ def with_fault(dataset: data.TrackletData, fault: str, share: float, split: int)
     def faulty(tracklet: data.Tracklet) -> data.Tracklet:
         rng = np.random.default_rng((split, tracklet.pid, tracklet.camera))  # the same run, whatever the fault
         frames = [np.asarray(frame) for frame in tracklet.frames]
-        others = [t for t in everybody if t.camera == tracklet.camera and t.pid != tracklet.pid]
-        other = [np.asarray(frame) for frame in others[rng.integers(len(others))].frames]
-        for i in run_of(tracklet, share, rng):
+        run, place = comparison.intrusion(tracklet, everybody, share, rng)
+        other = [np.asarray(frame) for frame in everybody[place].frames]
+        for i in run:
             foreign, half = other[i % len(other)], frames[i].shape[1] // 2
             if fault == "foreign":
                 frames[i] = foreign

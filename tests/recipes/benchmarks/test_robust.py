@@ -44,33 +44,44 @@ def test_the_area_is_that_of_all_pairs(robust):
 def test_intruders_are_other_people_of_the_same_camera(robust, people):
     tracklets = [*people.query, *people.gallery]
     for share in (0.0, 0.3):
-        plan = robust.intruders(tracklets, share, 1)
-        assert plan == robust.intruders(tracklets, share, 1)
-        seen = [(torch.full((len(t), 2), float(i)), None) for i, t in enumerate(tracklets)]
-        for i, ((x, _), (run, other, frames)) in enumerate(zip(robust.mixed(seen, plan), plan, strict=True)):
-            assert len(run) == len(frames) == round(share * len(tracklets[i]))
+        plan = robust.intrusions(tracklets, share, 1)
+        assert plan == robust.intrusions(tracklets, share, 1)
+        seen = [torch.full((len(t), 2), float(i)) for i, t in enumerate(tracklets)]
+        for i, (x, (run, other)) in enumerate(zip(robust.mixed(seen, plan), plan, strict=True)):
+            assert len(run) == round(share * len(tracklets[i]))
             assert tracklets[other].camera == tracklets[i].camera
             assert tracklets[other].pid != tracklets[i].pid
-            assert all(f < len(tracklets[other]) for f in frames)
             assert x[:, 0].tolist() == [other if k in run else i for k in range(len(tracklets[i]))]
 
 
+def test_the_comparison_on_ward_puts_the_same_people_in(robust, recipe, people):
+    tracklets = [*people.query, *people.gallery]
+    seen = [torch.stack(t.load(range(len(t)))) for t in tracklets]
+    memory = [
+        data.Tracklet(list(x.permute(0, 2, 3, 1).numpy()), t.pid, t.camera)
+        for x, t in zip(seen, tracklets, strict=True)
+    ]
+    count = len(people.query)
+    faulty = recipe("ward").with_fault(data.TrackletData([], memory[:count], memory[count:]), "foreign", 0.3, 4)
+    mixed = robust.mixed(seen, robust.intrusions(tracklets, 0.3, 4))
+    for x, t in zip(mixed, [*faulty.query, *faulty.gallery], strict=True):
+        assert torch.equal(x, torch.stack(t.load(range(len(t)))))
+
+
 def test_measures_are_those_of_embed_tracklets(robust, people):
-    """Without foreign frames; and an aggregator behind outlier_mask is what reject_outliers gives."""
+    """Without foreign frames; and the mean behind outlier_mask is what reject_outliers gives."""
     from temporal_agg import embed_tracklets
 
     tracklets = [*people.query, *people.gallery]
-    for name, clip in (("mean", data.ClipConfig(test_sampling="all")), ("max", data.ClipConfig(4, fill="mask"))):
-        model = TrackletModel(Colours(), create_aggregator(name, 12), clip).eval()
-        found = robust.measure(model, name, people, 0)
-        assert set(found["measures"]) == set(map(str, robust.SHARES))
-        for reject, key in ((False, name), (True, robust.MASKED.format(name))):
-            rows = embed_tracklets(model, tracklets, reject_outliers=reject, progress=False, num_workers=0)
-            want = robust.metrics(rows, people, "cosine").map
-            assert found["measures"]["0.0"][key]["map"] == pytest.approx(float(want), abs=1e-6)
-        if name == "mean":
-            assert found["areas"]["0.4"]["weights"] > 0.5
-            assert found["areas"]["0.4"]["purity"] > 0.5
+    model = TrackletModel(Colours(), create_aggregator("mean", 12), data.ClipConfig(test_sampling="all")).eval()
+    found = robust.measure(model, "mean", people, 0)
+    assert set(found["measures"]) == set(map(str, robust.SHARES))
+    for reject, key in ((False, "mean"), (True, "outlier_mask, then mean")):
+        rows = embed_tracklets(model, tracklets, reject_outliers=reject, progress=False, num_workers=0)
+        want = robust.metrics(rows, people, "cosine").map
+        assert found["measures"]["0.0"][key]["map"] == pytest.approx(float(want), abs=1e-6)
+    assert found["areas"]["0.4"]["weights"] > 0.5
+    assert found["areas"]["0.4"]["purity"] > 0.5
 
 
 def test_the_page_is_that_of_the_kept_file(robust):
