@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
 from .data.tracklet import check_tracklets
-from .models.inputs import fastest_memory_format
+from .models.inputs import fastest_memory_format, weights_laid_out
 
 if TYPE_CHECKING:
     from .aggregators.robust import Purity
@@ -236,7 +236,7 @@ class FrameRunner:
         self.model.eval()
         low = self.precision != "float32"
         try:
-            with torch.inference_mode():
+            with weights_laid_out(self.model.encoder, self.memory_format), torch.inference_mode():
                 with torch.autocast(self.device.type, getattr(torch, self.precision)) if low else nullcontext():
                     yield
         finally:
@@ -245,8 +245,8 @@ class FrameRunner:
 
     def load(self, pixels: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Bytes ``[n, 3, H, W]`` (and flow ``[n, 2, H, W]``) of any device -> images as the encoder wants them."""
-        pixels = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
-        images = self.transform.normalize(pixels).to(self.dtype)
+        images = self.transform.normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
+        images = images.contiguous(memory_format=self.memory_format)
         return images, None if flow is None else flow.to(self.device, self.dtype, non_blocking=True)
 
     def __call__(self, pixels: Tensor, flow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

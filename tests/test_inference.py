@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import re
@@ -453,19 +454,28 @@ def test_the_memory_format_follows_what_the_network_is():
         assert (fastest_memory_format(FrameEncoder(name, img_size=(64, 32))) == torch.channels_last) == want, name
 
 
-def test_images_come_channels_last_and_the_weights_stay():
+@pytest.mark.parametrize("killed", [False, True])
+def test_images_and_weights_are_channels_last_and_the_models_own_weights_come_back(killed):
     model, seen = build(clip=ClipConfig(4)), []
-    model.encoder.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
+    weights = [weight for weight in model.encoder.parameters() if weight.dim() == 4]
+
+    def look(module, args):
+        seen.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (*args[:1], *weights))
+        if killed:
+            raise KeyboardInterrupt
+
+    model.encoder.register_forward_pre_hook(look)
+    assert not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     before = {key: (x.clone(), x.stride(), x.data_ptr()) for key, x in model.state_dict().items()}
-    embed(model, tracklets())
+    with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
+        embed(model, tracklets())
     assert seen
     assert all(seen)
     for key, x in model.state_dict().items():
         value, stride, place = before[key]
         assert torch.equal(x, value)
         assert (x.stride(), x.data_ptr()) == (stride, place)
+        assert not x.is_inference()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """What the models of this folder want of images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_images", "fastest_memory_format"]
+__all__ = ["check_images", "fastest_memory_format", "weights_laid_out"]
 
 
 def check_images(name: str, images: Tensor, channels: int, lead: str = "N") -> None:
@@ -22,8 +25,27 @@ def fastest_memory_format(module: nn.Module) -> torch.memory_format:
 
     What counts is that of the layers with weights more than one in 16 is a convolution wider than 1x1: 32 % of
     resnet50's are, 20 % of efficientnet_b0's, 9 % of maxvit_nano's; Swin and ViT have one in 50, their patch embedding.
-    The layout passes on from layer to layer: weights may stay as they are.
+    The layout passes on from layer to layer. Weights may stay as they are, but 3x3 convolutions then turn theirs in
+    every pass, which :func:`weights_laid_out` spares them.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     wide = sum(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in layers)
     return torch.channels_last if 16 * wide > len(layers) else torch.contiguous_format
+
+
+@contextmanager
+def weights_laid_out(module: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
+    """The same values in another layout, as copies that go afterwards: the module's own tensors come back."""
+    own: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for weight in module.parameters():
+                data = weight.data
+                plain = type(data) is Tensor and data.dim() == 4 and not data.is_inference()
+                if plain and not data.is_contiguous(memory_format=memory_format):
+                    own.append((weight, data))
+                    weight.data = data.contiguous(memory_format=memory_format)
+        yield
+    finally:
+        for weight, data in own:
+            weight.data = data
