@@ -129,18 +129,15 @@ def train_command(args: argparse.Namespace) -> dict:
             job = train.prepare(Path(folder), dataset, settings, accelerator, False)
             job.loader.batch_sampler.sampler.set_epoch(0)
             batches = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in job.loader]
-            bare: list[float] = []
-            for _ in range(args.repeats + 1):
-                synchronize(args)
-                start = time.perf_counter()
-                bare_loop(job, batches)
-                synchronize(args)
-                bare.append(1000 * (time.perf_counter() - start) / len(batches))
+            bare_loop(job, batches, args)  # warms up
+            # Before and after, because a machine's speed drifts.
+            bare = [bare_loop(job, batches, args) for _ in range(args.repeats)]
             train.run_epochs(job)
+            bare += [bare_loop(job, batches, args) for _ in range(args.repeats)]
         ends = [entry["train_seconds"] for entry in job.progress["history"]]
         ours = [1000 * (end - start) / len(batches) for start, end in itertools.pairwise(ends)]
         frames = 2 * args.identities * args.frames
-        rows.append(row_of(f"mean_{name} {size}", {"ours": ours, "bare": bare[1:]}, frames=frames))
+        rows.append(row_of(f"mean_{name} {size}", {"ours": ours, "bare": bare}, frames=frames))
     result = result_of("train", args, rows)
     print(heading(result))
     lines = [["", "a step, ms", "of a bare loop, ms", "speed of the bare loop"]]
@@ -151,13 +148,18 @@ def train_command(args: argparse.Namespace) -> dict:
     return result
 
 
-def bare_loop(job: train.Training, batches: list[dict]) -> None:
+def bare_loop(job: train.Training, batches: list[dict], args: argparse.Namespace) -> float:
+    """Milliseconds a batch."""
     job.wrapped.train()
+    synchronize(args)
+    start = time.perf_counter()
     for batch in batches:
         details = job.wrapped(batch["clip"], None, return_details=True)
         job.criterion(details, batch["label"])["loss"].backward()
         job.optimizer.step()
         job.optimizer.zero_grad()
+    synchronize(args)
+    return 1000 * (time.perf_counter() - start) / len(batches)
 
 
 def build_long(what: str, name: str, args: argparse.Namespace) -> Call:
