@@ -33,7 +33,8 @@ Part = TypeVar("Part")
 
 CPU = torch.device("cpu")
 DECODE = 32  # frames that a thread reads in one go
-CPU_PASS = 8  # frames in one pass of a backbone on a CPU, or as many as torch has threads
+CPU_PASS = 8  # frames in one pass of a backbone on a CPU, or as many as torch has threads,
+CPU_PIXELS = 2**17  # or as have so many pixels together
 FLUSH = 16  # aggregator calls between two waits for the device
 LONG_RUN = 10  # seconds: runs that take longer say where the time went
 
@@ -178,7 +179,8 @@ class FrameRunner:
         model: out of its wrapper.
         transform: resizes frames to what the model takes.
         size: frames in one pass. A CPU is fastest while the activations of a pass stay small: 8, or one a thread (at
-            256 x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256).
+            256 x 128 a MobileNetV2 makes 55 frames a second in passes of 8, and 23 in passes of 256), and more of
+            small frames (16 at 128 x 64, 64 at 64 x 32).
         uses_flow: whether the encoder has a stem for optical flow.
 
     Raises:
@@ -224,7 +226,9 @@ class FrameRunner:
                 f"torch {torch.__version__} does not compute in float16 on a CPU: take bfloat16 or float32, or a newer "
                 "torch."
             )
-        few = max(CPU_PASS, torch.get_num_threads()) if self.device.type == "cpu" else sys.maxsize
+        pixels = math.prod(self.model.data_config["input_size"][-2:])
+        few = max(CPU_PASS, torch.get_num_threads(), CPU_PIXELS // pixels)
+        few = few if self.device.type == "cpu" else sys.maxsize
         self.size = min(self.frames_per_batch, few)
         known = self.device.type in ("cpu", "cuda")
         self.memory_format = fastest_memory_format(self.model.encoder) if known else torch.contiguous_format

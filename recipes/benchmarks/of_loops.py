@@ -21,7 +21,7 @@ from settings import Settings
 
 import temporal_agg
 from temporal_agg import data
-from temporal_agg.inference import CPU_PASS
+from temporal_agg.inference import FrameRunner
 
 
 def drawn(size: str, count: int, frames: int) -> list[data.Tracklet]:
@@ -53,7 +53,7 @@ def embed_command(args: argparse.Namespace) -> dict:
         bare = fastest(copy.deepcopy(model)).encoder
         frames = torch.randn(count, 3, *common.image_size(args.size), device=args.device)
         # On a CPU the network is fastest on few frames at once, ours or not.
-        at_once = args.frames_per_batch if args.device == "cuda" else max(CPU_PASS, args.threads)
+        at_once = FrameRunner(model, frames_per_batch=args.frames_per_batch).size
         works["backbone"] = Call(partial(alone, bare, frames.split(at_once)))
         if "precision" in inspect.signature(temporal_agg.embed_tracklets).parameters and args.half:
             half = partial(temporal_agg.embed_tracklets, model, tracklets, precision=args.half, **options)
