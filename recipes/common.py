@@ -1,6 +1,7 @@
 """What the recipes share: data and protocol, embeddings by several processes, the files of a run, errors in a line."""
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -55,6 +56,18 @@ def run(main: Callable[[], object], goes_on: str = "the same command goes on") -
         print(f"\n{Path(sys.argv[0]).name}: stopped; {goes_on}.", file=sys.stderr)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, where the C library is glibc (Linux).
+
+    It otherwise gives every large block back to the system, and the next step of a training gets it page by page again:
+    half of a step's time on a CPU (72 frames of 128x64 through MobileNetV2, forward and backward: 0.91 s, or 0.51 s).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: so much may lie idle before some of it goes back
 
 
 @contextmanager

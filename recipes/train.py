@@ -712,4 +712,5 @@ def report(runs: dict[str, list[dict]], directories: list[Path], title: str) -> 
 
 
 if __name__ == "__main__":
+    common.keep_memory()
     common.run(main)

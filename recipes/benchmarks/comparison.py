@@ -49,6 +49,7 @@ def start_job(threads: int) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    common.keep_memory()
 
 
 def run_jobs(work: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> Iterator[Any]:
