@@ -1,8 +1,13 @@
 """What distances, evaluation, search and re-ranking cost, against plain numpy."""
 
 import argparse
+import contextlib
+import io
 import sys
+import tempfile
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import common
 import literal_retrieval
@@ -10,7 +15,8 @@ import numpy as np
 import torch
 from measuring import BUILDERS, Call, Case, build, changed, heading, milliseconds, peak_memory, result_of, row_of
 
-from temporal_agg import retrieval
+from temporal_agg import cli, retrieval
+from temporal_agg.retrieval.store import Embeddings, write_embeddings
 
 NOISE = 3.0
 FORMS = {
@@ -109,23 +115,47 @@ def retrieval_command(args: argparse.Namespace) -> dict:
     return result
 
 
+def build_files(names: Sequence[str], sides: Sequence[torch.Tensor], folder: Path) -> list[str]:
+    """A file of embeddings for each side."""
+    files = [str(folder / f"{name}.npz") for name in names]
+    for name, side, file in zip(names, sides, files, strict=True):
+        numbered = [f"{name}/{i}" for i in range(len(side))]
+        found = Embeddings(side.cpu(), numbered, None, None, "cosine", "noise", False, "noise")
+        write_embeddings(file, found)
+    return files
+
+
+def search_files(files: Sequence[str], k: int) -> None:
+    """``temporal-agg search`` without the start of Python: it reads both files and writes a third."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        code = cli.main(["search", *files, "-k", str(k), "--format", "csv", "-o", f"{folder}/found.csv"])
+    if code:
+        raise ValueError(f"temporal-agg search ended with {code}.")
+
+
 def search_command(args: argparse.Namespace) -> dict:
-    """The k nearest, against the matrix product of all queries and the gallery alone."""
+    """The k nearest, against the matrix product of all queries and the gallery alone; and from file to file."""
     torch.set_num_threads(args.threads)
     g = torch.Generator().manual_seed(0)
     rows = []
     for queries, gallery in args.sizes:
         print(f"time: search {queries} x {gallery}", file=sys.stderr, flush=True)
         Q, G = (torch.randn(n, args.dims, generator=g).to(args.device) for n in (queries, gallery))
-        works = {"ours": Call(partial(retrieval.search, Q, G, args.k)), "product": Call(partial(torch.mm, Q, G.T))}
-        about = {"queries": queries, "gallery": gallery, "k": args.k}
-        rows.append(row_of("search", milliseconds(works, False, args), **about))
+        product, about = Call(partial(torch.mm, Q, G.T)), {"queries": queries, "gallery": gallery, "k": args.k}
+        with tempfile.TemporaryDirectory() as folder:
+            files = build_files(("queries", "gallery"), (Q, G), Path(folder))
+            for name, call in (
+                ("search", partial(retrieval.search, Q, G, args.k)),
+                ("the command", partial(search_files, files, args.k)),
+            ):
+                times = milliseconds({"ours": Call(call), "product": product}, False, args)
+                rows.append(row_of(name, times, **about))
     result = result_of("search", args, rows)
     print(heading(result))
-    lines = [["queries x gallery", "the k nearest, ms", "the product alone, ms", "times the product"]]
+    lines = [["", "queries x gallery", "ms", "a query, ms", "the product alone, ms", "times the product"]]
     for row in rows:
-        ms = row["ms"]
-        size = f"{row['queries']} x {row['gallery']}"
-        lines.append([size, f"{ms['ours']:.1f}", f"{ms['product']:.1f}", f"{1 / row['speedup']['product']:.2f}"])
+        ms, queries = row["ms"], row["queries"]
+        cells = [f"{ms['ours']:.1f}", f"{ms['ours'] / queries:.2f}", f"{ms['product']:.1f}"]
+        lines.append([row["name"], f"{queries} x {row['gallery']}", *cells, f"{1 / row['speedup']['product']:.2f}"])
     print(common.layout(lines))
     return result

@@ -37,7 +37,8 @@ embed: whole tracklets in memory, against the backbone on frames that are normal
 format that suits it. stream: a crop of each of many tracks, in sizes of their own, at a time, and the embedding of
 every track after it, against the same backbone on as many frames. train: steps of train.py without checkpoints, loader
 and all, against forward, backward and step on batches that are there. long: one tracklet, against mean pooling; its
-memory is what comes on top of model and frames. search: the k nearest by cosine, against the product of both matrices.
+memory is what comes on top of model and frames. search: the k nearest by cosine, against the product of both matrices,
+in memory, and by the command from file to file.
 
 compare takes ratios where a run has them, so that files of two machines can be compared; the noise is that of the runs.
 
