@@ -430,6 +430,21 @@ def faults_table(variants: dict, keys: Sequence[str]) -> str:
     )
 
 
+def rejection_table(variants: dict, keys: Sequence[str]) -> str:
+    """What outlier_mask before the aggregator gains or loses, in the tests that are done both ways."""
+    both = [key for key in rejected(keys) if any(rejecting(key) in of["map"] for of in variants.values())]
+    rows = []
+    for name in [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]:
+        row = [name]
+        for key in both:
+            found = variants[name]["map"][rejecting(key)]
+            gain = signed(*interval(np.subtract(found, variants[name]["map"][key])))
+            row += [comparison.with_half(f"{interval(found)[0]:.1f}", interval(found)[1]), gain]
+        rows.append(row)
+    head = [cell for key in both for cell in (rejecting(key), "gain")]
+    return markdown(["", *head], rows) if both else ""
+
+
 def loss_table(variants: dict) -> str:
     """Aggregator and loss apart."""
     rows = []
@@ -549,6 +564,15 @@ for the embedding of its frames. What is not called otherwise has the common los
     if not splits:
         state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
         return f"{intro}\n{state}\n{search}\n{device}"
+    table = rejection_table(variants, keys)
+    rejection = f"""
+## Foreign frames rejected
+
+mAP with `outlier_mask` before the aggregator, which is trained as before and has never met it; and what that gains.
+
+{table}
+"""
+    rejection = rejection if table else ""
     return f"""{intro}
 **{len(splits)} of {count} splits are whole** ({", ".join(map(str, splits))}). mAP and rank-1 in %, mean ± half of the
 95 % confidence interval over these splits (Student's t); differences are paired, split by split. The splits share their
@@ -576,7 +600,7 @@ mAP. A run of each tracklet's frames, of queries and gallery: another person of 
 over half of it (occlusion), or the box off its person (bad boxes).
 
 {faults_table(variants, keys)}
-
+{rejection}
 ## What it costs
 
 Seconds of one core for the {batches} batches, GLTR's first stage not counted.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import timm
+import torch
 from safetensors.torch import load_file
 
 from temporal_agg.aggregators import create_criterion, registry_entry
@@ -57,7 +58,10 @@ def root(tmp_path_factory):
 def argv(tmp_path_factory, root):
     out = tmp_path_factory.mktemp("ward")
     weights = out / "imagenet.safetensors"
-    safetensors.torch.save_file(timm.create_model("lcnet_035", num_classes=0).state_dict(), weights)
+    model = timm.create_model("lcnet_035", num_classes=0)
+    for _ in range(20):  # without BatchNorm's statistics all people look the same, to seven digits
+        model(torch.randn(32, 3, 32, 32))
+    safetensors.torch.save_file(model.state_dict(), weights)
     places = ["--root", str(root), "--backbone-weights", str(weights), "--out", str(out / "runs")]
     return [*places, "--results", str(out / "results"), "--only", ",".join(NAMES), "--device", "cpu"]
 
@@ -125,6 +129,18 @@ def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
     assert again["results"] == finished["results"]
     with pytest.raises(SystemExit, match="other settings \\(epochs\\)"):
         ward.main([*argv, "--results", str(results)], dataclasses.replace(tiny, epochs=2))
+
+
+def test_what_rejecting_outliers_gains_is_paired(ward, two):
+    table = ward.text(two, NAMES).partition("## Foreign frames rejected")[2].partition("##")[0]
+    for name in NAMES:
+        tests = [two["results"][name][s]["tests"] for s in "12"]
+        cells = rows(table)[name]
+        assert len(cells) == 1 + 2 * 2
+        for i, key in enumerate(("clean", "foreign 50 %")):
+            after, before = ([100 * t[k]["map"] for t in tests] for k in (f"{key}, outliers rejected", key))
+            assert cells[1 + 2 * i].startswith(f"{np.mean(after):.1f} ± ")
+            assert cells[2 + 2 * i].strip("*").startswith(f"{np.mean(after) - np.mean(before):+.1f} ± ")
 
 
 def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
