@@ -5,12 +5,14 @@
 
 The weights are ImageNet's for timm's mobilenetv2_100. For each split of WARD one encoder is trained from them on single
 frames; every variant goes on from it, with the same steps, clips, frames and augmentation. A learning rate is chosen
-for each variant on split 0, from the same few, and split 0 is then left out. The rest of a variant is its own: the
-aggregator, the loss, how a tracklet is cut in a test, and the distance.
+for each pooling and each system with its own loss on split 0, from the same few, and split 0 is then left out; with
+another loss they keep it. The rest of a variant is its own: the aggregator, the loss, how a tracklet is cut in a test,
+and the distance.
 
 Tests: the test half as it is, and with faults put into its tracklets, queries and gallery alike, drawn from a fixed
 seed: a run of frames that show another person of the same camera, or in which half of the frame shows one, or whose
 boxes are off. The clean test and those with other people are done once more with outlier_mask before the aggregator.
+What is there to tell aggregator and loss apart has the clean test alone.
 
 Every training is a run directory of recipes/train.py under --out. What is measured goes into ward.json in --results, at
 once; the same command goes on from there, on another machine as well. Splits are done one by one, and the tables
@@ -100,6 +102,7 @@ CONTROLS = {
 }
 # The common start as it is, tested with the mean and with the robust mean: nothing is trained.
 STILL = {"start": POOLINGS["mean"], "start: robust": POOLINGS["robust"]}
+SHOWN = {**STILL, **POOLINGS, **SYSTEMS}  # in the main tables, with every test
 VARIANTS = {**POOLINGS, **SYSTEMS, **SAME_LOSS, **CONTROLS, **STILL}
 ENCODER, STAGE = "encoder", "gltr: stage 1"
 STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
@@ -298,7 +301,7 @@ def run(plan: Plan, name: str, split: int, rate: int) -> dict:
         run(plan, start_of(name), split, rate)
     dataset = split_of(plan.root, plan.size, split)
     tests = {"clean": dataset}
-    if name in VARIANTS and split != plan.size.search:
+    if name in SHOWN and split != plan.size.search:
         tests = tests_of(plan.root, plan.size, split)
     job = {"variant": name, "split": split, "rate": rate}
     evaluate = functools.partial(measure, tests=tests, start=time.process_time())
@@ -349,7 +352,7 @@ def run_all(
         (name, size.search, rate)
         for name in names
         for rate in range(len(size.rates))
-        if name not in STILL and str(rate) not in search.get(name, {})
+        if name in {**POOLINGS, **SYSTEMS} and str(rate) not in search.get(name, {})
     ]
     if wanted:
         wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
@@ -375,9 +378,11 @@ def run_all(
 
 
 def best(search: dict, name: str) -> int:
-    """The rate with the highest mAP on the split of the search."""
+    """The rate with the highest mAP on the split of the search; whatever the loss."""
     found = {
-        int(rate): result["tests"]["clean"]["map"] for rate, result in search.get(name, {}).items() if "tests" in result
+        int(rate): result["tests"]["clean"]["map"]
+        for rate, result in search.get(name.partition(":")[0], {}).items()
+        if "tests" in result
     }
     return max(found, key=lambda rate: (found[rate], -rate)) if found else 0
 
@@ -413,7 +418,7 @@ def gap(variants: dict, name: str, other: str, key: str = "clean", metric: str =
 
 def main_table(variants: dict, keys: Sequence[str]) -> str:
     rows = []
-    for name in [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]:
+    for name in [name for name in SHOWN if name in variants]:
         row = [name, *(comparison.measured(variants, name, "clean", metric) for metric in ("map", "rank1"))]
         row += [gap(variants, name, REFERENCE, "clean", metric) for metric in ("map", "rank1")]
         row += [gap(variants, name, REFERENCE, key) for key in keys if key != "clean"]
@@ -424,7 +429,7 @@ def main_table(variants: dict, keys: Sequence[str]) -> str:
 
 
 def faults_table(variants: dict, keys: Sequence[str]) -> str:
-    names = [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]
+    names = [name for name in SHOWN if name in variants]
     return markdown(
         ["", *keys], [[name, *(comparison.measured(variants, name, key) for key in keys)] for name in names]
     )
@@ -434,7 +439,7 @@ def rejection_table(variants: dict, keys: Sequence[str]) -> str:
     """What outlier_mask before the aggregator gains or loses, in the tests that are done both ways."""
     both = [key for key in rejected(keys) if any(rejecting(key) in of["map"] for of in variants.values())]
     rows = []
-    for name in [name for name in (*STILL, *POOLINGS, *SYSTEMS) if name in variants]:
+    for name in [name for name in SHOWN if name in variants]:
         row = [name]
         for key in both:
             found = variants[name]["map"][rejecting(key)]
@@ -553,9 +558,9 @@ Each split: 35 people to train on, 35 others to test on, queries of camera 1, ga
 {size["backbone"]} on {height}x{width} frames, from ImageNet's weights; then one encoder for each split, trained on its
 single frames ({size["encoder_epochs"] * 3} batches of 96); from it every variant, {batches} batches of {clips} clips of
 {size["frames"]} frames. The stem and the first three groups of blocks stay frozen. Learning rates: the best of
-{len(size["rates"])} on split {size["search"]}, which is not in the result. GLTR has a first stage of its own on top,
-for the embedding of its frames. What is not called otherwise has the common loss: cross-entropy and batch-hard triplet
-(cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is its other half.
+{len(size["rates"])} on split {size["search"]}, which is not in the result, for each with its own loss. GLTR has a
+first stage of its own on top, for the embedding of its frames. What is not called otherwise has the common loss:
+cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is its other half.
 """
     device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
     search = search_table(record, names)
@@ -616,7 +621,7 @@ def figure(record: dict, names: Sequence[str]):
 
     splits, variants = gather(record, names)
     keys = ["clean", *(key_of(*fault) for fault in record["size"]["shares"])]
-    rows = [name for name in (*POOLINGS, *SYSTEMS, *SAME_LOSS) if name in variants and name != REFERENCE][::-1]
+    rows = [name for name in SHOWN if name in variants and name != REFERENCE][::-1]
     drawing = Figure(figsize=(2.4 * len(keys) + 2, 0.26 * len(rows) + 1.2), layout="constrained")
     for ax, key in zip(drawing.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
         for y, name in enumerate(rows):
