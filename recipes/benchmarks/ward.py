@@ -560,7 +560,8 @@ single frames ({size["encoder_epochs"] * 3} batches of 96); from it every varian
 {size["frames"]} frames. The stem and the first three groups of blocks stay frozen. Learning rates: the best of
 {len(size["rates"])} on split {size["search"]}, which is not in the result, for each with its own loss. GLTR has a
 first stage of its own on top, for the embedding of its frames. What is not called otherwise has the common loss:
-cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta` is its other half.
+cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta`
+is its other half.
 """
     device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
     search = search_table(record, names)
