@@ -333,6 +333,7 @@ KEPT = (
     "losses",
     "processor_seconds",
     "untrained",
+    *common.METRICS,  # of the clean test
 )
 
 
