@@ -44,10 +44,13 @@ DATA = {  # what it is, and its terms
     "ls-vid": ("LS-VID (Li et al., ICCV 2019)", OWN_TERMS),
     "mars": ("MARS (Zheng et al., ECCV 2016)", OWN_TERMS),
     "prid-2011": ("PRID-2011 (Hirzer et al., SCIA 2011)", OWN_TERMS),
+    "ward": ("WARD (Martinel and Micheloni, CVPR workshops 2012)", "BSD-3-Clause, github.com/iN1k1/CVPR2012"),
     "synthetic": ("walking figures that temporal-agg draws itself; nobody was filmed", "Apache-2.0, as temporal-agg"),
 }
 
 DEMONSTRATION = "This model shows how the library works; on real people it is worth nothing."
+
+ONE_RUN = ", of one run with one seed: another seed gives somewhat other numbers"
 
 FLOW = " It reads optical flow, too: temporal-agg's `recipes/compute_flow.py` puts it beside the frames of a data set."
 
@@ -67,7 +70,7 @@ def read_run(run: Path) -> tuple[dict, dict, dict]:
 
 
 def check_embeddings(model: temporal_agg.TrackletModel, run: Path) -> int:
-    """Embeds the first gallery tracklets of the run again, and returns how many.
+    """Embeds the first gallery tracklets of the run again (where it has none, training ones), and returns how many.
 
     Raises:
         ValueError: they are not what the trained model gave.
@@ -79,7 +82,8 @@ def check_embeddings(model: temporal_agg.TrackletModel, run: Path) -> int:
     if len(splits) > 1:
         raise ValueError(f"{run} does not say which of its {len(splits)} splits it was trained on.")
     (dataset,) = splits.values()
-    got = temporal_agg.embed_tracklets(model, dataset.gallery[: len(expected)], device="cpu", progress=False)
+    known = (dataset.gallery or dataset.train)[: len(expected)]
+    got = temporal_agg.embed_tracklets(model, known, device="cpu", progress=False)
     error = float((got - expected).abs().max() / expected.abs().max()) if got.shape == expected.shape else float("inf")
     if not error <= 1e-4:
         raise ValueError(
@@ -101,7 +105,8 @@ def card(
         cells = [f"{100 * values[key]:.1f}" if values.get(key) is not None else "" for key in METRICS]
         return f"| {title} | {' | '.join(cells)} |"
 
-    rows = [row("this model", metrics)]
+    rows = [row(metrics.get("measured", "this model"), metrics)]
+    rows += [row(title, values) for title, values in metrics.get("others", {}).items()]
     if metrics.get("untrained"):
         rows.append(row("the same before training", metrics["untrained"]))
     if paper and data in paper.results:
@@ -124,12 +129,15 @@ def card(
         git=settings["environment"].get("git") or "(not recorded)",
         results="\n".join(rows),
         flow=FLOW if model.encoder.uses_flow else "",
+        how="" if "measured" in metrics else ONE_RUN,
         worth=DEMONSTRATION if data == "synthetic" else "",
         citation=f"```bibtex\n{paper.bibtex}\n```" if paper else "None: a baseline.",
     )
 
 
 def protocol_of(metrics: dict, model: temporal_agg.TrackletModel, settings: dict) -> str:
+    if "protocol" in metrics:
+        return metrics["protocol"]
     clip, split = model.clip, f"split {settings['split'] or 0}"
     if settings["identity_splits"]:
         split += f" of {settings['identity_splits']} random halves, drawn with seed {settings['split_seed']}"

@@ -128,8 +128,10 @@ def decoded(root: str, backbone: str, size: tuple[int, int]) -> dict[str, list[n
 
 
 @functools.lru_cache(maxsize=4)
-def split_of(root: str, size: Size, split: int) -> data.TrackletData:
-    frames, dataset = decoded(root, size.backbone, size.size), data.open_dataset("ward", root, split=split)
+def split_of(root: str, size: Size, split: int | None) -> data.TrackletData:
+    """``split``: None = everybody to train on."""
+    frames = decoded(root, size.backbone, size.size)
+    dataset = data.open_dataset("ward", root, split=split or 0, everybody=split is None)
 
     def in_memory(side: Sequence[data.Tracklet]) -> list[data.Tracklet]:
         return [data.Tracklet(frames[t.name], t.pid, t.camera, t.name) for t in side]
@@ -204,8 +206,8 @@ class Plan:
     bars: bool = True
 
 
-def settings_of(plan: Plan, name: str, split: int, rate: int) -> Settings:
-    """Of a variant or of what it starts from; ``rate``: which of ``size.rates``."""
+def settings_of(plan: Plan, name: str, split: int | None, rate: int) -> Settings:
+    """Of a variant or of what it starts from; ``split``: None = everybody, ``rate``: which of ``size.rates``."""
     size = plan.size
     variant, single = {**VARIANTS, **STARTS}[name], name in STARTS
     (lr, factor), epochs = size.rates[rate], size.epochs
@@ -214,7 +216,8 @@ def settings_of(plan: Plan, name: str, split: int, rate: int) -> Settings:
     return Settings(
         data="ward",
         root=plan.root,
-        split=str(split),
+        data_options={"everybody": True} if split is None else {},
+        split=str(split or 0),
         model=f"{variant.model}_{size.backbone}",
         model_options=variant.options,
         backbone_weights=plan.weights if name == ENCODER else "",
@@ -229,8 +232,8 @@ def settings_of(plan: Plan, name: str, split: int, rate: int) -> Settings:
         lr=lr,
         head_lr_factor=factor,
         lr_factors={f"encoder.backbone.{part}": 0.0 for part in size.frozen},
-        seed=split,
-        eval_untrained=name == ENCODER,
+        seed=split or 0,
+        eval_untrained=name == ENCODER and split is not None,
         save_every=0 if name == ENCODER else 10**6,
         keep=1,
         workers=0,
@@ -241,9 +244,10 @@ def start_of(name: str) -> str:
     return STAGE if name != STAGE and VARIANTS[name].model == STARTS[STAGE].model else ENCODER
 
 
-def place(plan: Plan, name: str, split: int, rate: int) -> Path:
+def place(plan: Plan, name: str, split: int | None, rate: int) -> Path:
     label = name.replace(": ", "-").replace(" ", "_").replace("'", "")
-    return plan.out / (f"{label}-split{split}" + ("" if name == ENCODER else f"-rate{rate}"))
+    of = "everybody" if split is None else f"split{split}"
+    return plan.out / (f"{label}-{of}" + ("" if name == ENCODER else f"-rate{rate}"))
 
 
 @contextmanager

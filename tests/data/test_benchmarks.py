@@ -323,6 +323,10 @@ def test_ward(tmp_path, caplog, nested, suffix):
         halves.add(frozenset(test))
     assert len(halves) > 5
     assert told(read_ward(root, 9, check_counts=False, cache=False).query) == told(data.query), "always the same"
+    everybody = read_ward(root, everybody=True, check_counts=False).check_training()
+    assert sorted(told(everybody.train)) == sorted(told([*data.train, *data.query, *data.gallery]))
+    assert not everybody.query
+    assert not everybody.gallery
     assert "frames 72 (published 4,786)" in caplog.messages[-1]
     for cameras, first, second in (("1-2", {1}, {2}), ("2-3", {2}, {3}), ("1,2-3", {1, 2}, {3})):
         pair = read_ward(root, cameras=cameras, check_counts=False)

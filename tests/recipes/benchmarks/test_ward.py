@@ -13,6 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import temporal_agg
+from temporal_agg import data, retrieval
 from temporal_agg.aggregators import create_criterion, registry_entry
 from temporal_agg.data.benchmarks import PUBLISHED
 
@@ -275,3 +277,33 @@ def test_wrong_arguments_are_named(ward, argv, message, capsys):
     with pytest.raises(SystemExit):
         ward.main(argv)
     assert message in capsys.readouterr().err
+
+
+def test_weights_are_trained_on_everybody_and_say_what_halves_reach(recipe, ward, tiny, argv, root, finished, tmp_path):
+    args = ward.parse(argv)
+    places = ["--root", str(root), "--backbone-weights", args.backbone_weights, "--out", str(tmp_path)]
+    (run,) = recipe("ward_weights").main(
+        ["gltr", *places, "--results", str(args.results), "--unseen", f"ward:{root}", "--device", "cpu"], tiny
+    )
+    settings = json.loads((run / "settings.json").read_text())["settings"]
+    assert settings["init"] == "../gltr-stage_1-everybody-rate0"
+    (dataset,) = recipe("common").open_splits(**recipe("common").own_data(str(run))).values()
+    assert (len(dataset.train), len(dataset.query), len(dataset.gallery)) == (3 * PEOPLE, 0, 0)
+    release = tmp_path / "release"
+    sys.path.insert(0, str(Path(__file__).parents[3] / "hub"))
+    recipe("publish").main([str(run), "--licence", "apache-2.0", "--dry-run", "--out", str(release)])
+    half, untrained = finished["results"]["gltr"]["1"], finished["encoders"]["1"]["untrained"]
+    of = {line.split(" | ")[0]: line for line in (release / "README.md").read_text().splitlines() if line[:1] == "|"}
+    (own,) = [line for title, line in of.items() if "the half of WARD that it has not seen (1 halves)" in title]
+    (before,) = [line for title, line in of.items() if title.endswith("mean pooling, the same halves")]
+    (unseen,) = [line for title, line in of.items() if title.startswith("| this model, ")]
+    for line, values in ((own, half), (before, untrained)):
+        assert f"| {100 * values['map']:.1f} | {100 * values['rank1']:.1f} |" in line
+    model = temporal_agg.create_model(f"local-dir:{release}")
+    test = data.open_dataset("ward", root)
+    queries, gallery = (
+        temporal_agg.embed_tracklets(model, side, progress=False) for side in (test.query, test.gallery)
+    )
+    distances = retrieval.distances(queries, gallery, model.clip.distance)
+    found = retrieval.evaluate_tracklets(distances, test.query, test.gallery)
+    assert f"| {100 * found.map:.1f} | {100 * found.rank(1):.1f} |" in unseen
