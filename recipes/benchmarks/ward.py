@@ -105,6 +105,7 @@ STILL = {"start": POOLINGS["mean"], "start: robust": POOLINGS["robust"]}
 SHOWN = {**STILL, **POOLINGS, **SYSTEMS}  # in the main tables, with every test
 VARIANTS = {**POOLINGS, **SYSTEMS, **SAME_LOSS, **CONTROLS, **STILL}
 ENCODER, STAGE = "encoder", "gltr: stage 1"
+LONGER = 3  # times the steps, on the split of the search, for the mean and each system with its own loss
 STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
     ENCODER: Variant("mean", {}, "baseline"),
     STAGE: Variant("gltr", {"dtp": False, "tsa": False}, "gltr"),
@@ -206,8 +207,14 @@ class Plan:
     bars: bool = True
 
 
-def settings_of(plan: Plan, name: str, split: int | None, rate: int) -> Settings:
-    """Of a variant or of what it starts from; ``split``: None = everybody, ``rate``: which of ``size.rates``."""
+def settings_of(plan: Plan, name: str, split: int | None, rate: int, longer: int = 1) -> Settings:
+    """Of a variant or of what it starts from.
+
+    Args:
+        split: None = everybody.
+        rate: which of ``size.rates``.
+        longer: times the steps.
+    """
     size = plan.size
     variant, single = {**VARIANTS, **STARTS}[name], name in STARTS
     (lr, factor), epochs = size.rates[rate], size.epochs
@@ -228,7 +235,7 @@ def settings_of(plan: Plan, name: str, split: int | None, rate: int) -> Settings
         clip_length=1 if single else size.frames,
         identities=size.identities * (2 if single else 1),
         clips=8 if single else 2,
-        epochs=0 if name in STILL else epochs,
+        epochs=0 if name in STILL else longer * epochs,
         lr=lr,
         head_lr_factor=factor,
         lr_factors={f"encoder.backbone.{part}": 0.0 for part in size.frozen},
@@ -244,10 +251,11 @@ def start_of(name: str) -> str:
     return STAGE if name != STAGE and VARIANTS[name].model == STARTS[STAGE].model else ENCODER
 
 
-def place(plan: Plan, name: str, split: int | None, rate: int) -> Path:
+def place(plan: Plan, name: str, split: int | None, rate: int, longer: int = 1) -> Path:
     label = name.replace(": ", "-").replace(" ", "_").replace("'", "")
     of = "everybody" if split is None else f"split{split}"
-    return plan.out / (f"{label}-{of}" + ("" if name == ENCODER else f"-rate{rate}"))
+    label = f"{label}-{of}" + ("" if name == ENCODER else f"-rate{rate}")
+    return plan.out / (label + (f"-times{longer}" if longer > 1 else ""))
 
 
 @contextmanager
@@ -299,7 +307,7 @@ def measure(job: train.Training, tests: dict[str, data.TrackletData], start: flo
     return {**metrics, **first[0]}, first[1]
 
 
-def run(plan: Plan, name: str, split: int, rate: int) -> dict:
+def run(plan: Plan, name: str, split: int, rate: int, longer: int = 1) -> dict:
     """Trains a variant, and what it starts from where that is not there, and tests it; what is finished is read."""
     if name != ENCODER and not (place(plan, start_of(name), split, rate) / "metrics.json").exists():
         run(plan, start_of(name), split, rate)
@@ -307,15 +315,15 @@ def run(plan: Plan, name: str, split: int, rate: int) -> dict:
     tests = {"clean": dataset}
     if name in SHOWN and split != plan.size.search:
         tests = tests_of(plan.root, plan.size, split)
-    job = {"variant": name, "split": split, "rate": rate}
+    job = {"variant": name, "split": split, "rate": rate, **({"longer": longer} if longer > 1 else {})}
     evaluate = functools.partial(measure, tests=tests, start=time.process_time())
     accelerator = common.accelerator_of(plan.device)
-    directory = place(plan, name, split, rate)
+    directory = place(plan, name, split, rate, longer)
     try:
         metrics = train.train(
             directory,
             dataset,
-            settings_of(plan, name, split, rate),
+            settings_of(plan, name, split, rate, longer),
             {"split_seed": 0},
             accelerator,
             plan.bars,
@@ -348,9 +356,9 @@ KEPT = (
 def run_all(
     plan: Plan, record: dict, names: Sequence[str], splits: Sequence[int], jobs: int, keep: Callable[[dict], None]
 ) -> None:
-    """The search, then split by split; ``record`` gets what is measured, and ``keep`` is called with each new measure.
+    """The search, longer trainings there, then split by split.
 
-    The encoder of the next split comes before the variants of this one, so that no process waits for it.
+    ``record`` gets what is measured, and ``keep`` is called with each new measure. The encoder of the next split comes before the variants of this one, so that no process waits for it.
     """
     size, search, results = plan.size, record["search"], record["results"]
     wanted = [
@@ -366,6 +374,15 @@ def run_all(
             record["encoders"][str(result["split"])] = result
         else:
             search.setdefault(result["variant"], {})[str(result["rate"])] = result
+        keep(result)
+    longer = record.setdefault("longer", {})
+    wanted = [
+        (name, size.search, best(search, name), LONGER)
+        for name in names
+        if name in {REFERENCE: None, **SYSTEMS} and name not in longer
+    ]
+    for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
+        longer[result["variant"]] = result
         keep(result)
     wanted = []
     missing = [
@@ -492,6 +509,15 @@ def search_table(record: dict, names: Sequence[str]) -> str:
     return markdown(["", *(f"{lr:g}, new layers x {factor:g}" for lr, factor in rates)], rows)
 
 
+def longer_table(record: dict) -> str:
+    rows = []
+    for name, result in record.get("longer", {}).items():
+        short = record["search"][name][str(best(record["search"], name))]
+        cells = [f"{100 * of['tests']['clean']['map']:.1f}" if "tests" in of else "failed" for of in (short, result)]
+        rows.append([name, *cells, *(f"{of['losses'][-1]:.2f}" if "losses" in of else "" for of in (short, result))])
+    return markdown(["", "mAP", f"{LONGER} times the steps", "last loss", f"{LONGER} times the steps"], rows)
+
+
 def said(variants: dict, keys: Sequence[str]) -> str:
     """What the intervals support, test by test."""
     if REFERENCE not in variants:
@@ -571,6 +597,8 @@ is its other half.
     device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
     search = search_table(record, names)
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
+    if record.get("longer"):
+        search += f"\n## More steps\n\nOn split {size['search']}, each with its own loss.\n\n{longer_table(record)}\n"
     count = len(size["splits"])
     if not splits:
         state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"

@@ -133,6 +133,16 @@ def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
         ward.main([*argv, "--results", str(results)], dataclasses.replace(tiny, epochs=2))
 
 
+def test_systems_are_trained_longer_on_the_split_of_the_search(ward, argv, finished):
+    assert set(finished["longer"]) == {"mean", "gltr"}
+    assert len(finished["longer"]["gltr"]["losses"]) == 3 * len(finished["search"]["gltr"]["0"]["losses"]) == 3
+    table = ward.text(finished, NAMES).partition("## More steps")[2]
+    short, longer = (
+        of["tests"]["clean"]["map"] for of in (finished["search"]["gltr"]["0"], finished["longer"]["gltr"])
+    )
+    assert rows(table)["gltr"][1:3] == [f"{100 * short:.1f}", f"{100 * longer:.1f}"]
+
+
 def test_what_rejecting_outliers_gains_is_paired(ward, two):
     table = ward.text(two, NAMES).partition("## Foreign frames rejected")[2].partition("##")[0]
     for name in NAMES:
@@ -172,7 +182,7 @@ def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     written = ward.text(two, NAMES)
     assert "not finite: gltr." in written
     assert "2 of 2" in written
-    assert written.count("| gltr |") == 1  # among the learning rates
+    assert written.count("| gltr |") == 2  # among the learning rates, and the longer trainings
 
 
 def test_what_contradicts_a_paper_is_said_with_what_the_controls_show(ward):
