@@ -358,7 +358,8 @@ def run_all(
 ) -> None:
     """The search, longer trainings there, then split by split.
 
-    ``record`` gets what is measured, and ``keep`` is called with each new measure. The encoder of the next split comes before the variants of this one, so that no process waits for it.
+    ``record`` gets what is measured, and ``keep`` is called with each new measure. The encoder of the next split comes
+    before the variants of this one, so that no process waits for it.
     """
     size, search, results = plan.size, record["search"], record["results"]
     wanted = [
