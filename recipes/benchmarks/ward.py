@@ -64,7 +64,7 @@ class Size:
     encoder_epochs: int = 67  # 201 batches of 96 single frames
     encoder_lr: float = 3e-4
     # Learning rate of the encoder, and how many times that all that is new has.
-    rates: tuple[tuple[float, float], ...] = ((3e-4, 1.0), (1e-4, 10.0))
+    rates: tuple[tuple[float, float], ...] = ((3e-4, 1.0), (1e-4, 10.0), (3e-4, 10.0))
     shares: tuple[tuple[str, float], ...] = (("foreign", 0.2), ("foreign", 0.3), ("occlusion", 0.3), ("bad boxes", 0.3))
     search: int = 0  # the split of the learning rates
     splits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -513,7 +513,7 @@ def search_table(record: dict, names: Sequence[str]) -> str:
 def longer_table(record: dict) -> str:
     rows = []
     for name, result in record.get("longer", {}).items():
-        short = record["search"][name][str(best(record["search"], name))]
+        short = record["search"][name][str(result["rate"])]
         cells = [f"{100 * of['tests']['clean']['map']:.1f}" if "tests" in of else "failed" for of in (short, result)]
         rows.append([name, *cells, *(f"{of['losses'][-1]:.2f}" if "losses" in of else "" for of in (short, result))])
     return markdown(["", "mAP", f"{LONGER} times the steps", "last loss", f"{LONGER} times the steps"], rows)
