@@ -1,8 +1,8 @@
 """Killed before any write of any command, the same command comes to the same files.
 
 Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study. In
-tests/test_cli_kills.py: embed (also by several processes), append, search -o, merge, link, export. In
-tests/models/test_hub.py: save_pretrained. index and Parquet are written by the same ``replace_file``.
+tests/test_cli_kills.py: embed (also by several processes, and to Parquet), append, search -o, index, merge, link,
+export. In tests/models/test_hub.py: save_pretrained.
 """
 
 import hashlib
