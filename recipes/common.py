@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -27,6 +28,7 @@ import timm
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import temporal_agg
 from temporal_agg import data, retrieval
@@ -92,6 +94,27 @@ def one_line(script: str, *kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(
             f"{script}: a process that reads frames was killed, mostly for want of memory ({error}) What is saved "
             "stays, the same command goes on; --workers 0 needs least memory."
+        ) from error
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """What a loader loads, once.
+
+    Raises:
+        OSError: the system has no room for the worker processes; says what to do.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half = frame.f_locals.get("self")
+            if hasattr(half, "_shutdown_workers"):
+                half._shutdown = True  # it would do this when it goes, and end in a traceback of its own
+                for worker in vars(half).get("_workers", ()):
+                    worker.terminate()
+        raise OSError(
+            f"{loader.num_workers} processes that read frames cannot be started ({error}): pass --workers 0, or give a "
+            "container more shared memory (docker run --shm-size 1g)."
         ) from error
 
 

@@ -537,7 +537,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--backbone-pretrained", action="store_true", help="timm's weights; mean_* and max_* only")
     running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     running.add_argument("--frames-per-batch", type=int, default=256, help="bounds memory (256)")
-    running.add_argument("--workers", type=int, help="processes that read images; default: by the number of cores")
+    running.add_argument("--workers", type=int, help="threads that read images; default: by the number of cores")
     running.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     running.add_argument("--reject-outliers", action="store_true", help="leave out frames that show somebody else")
     add_embed(commands, running)
