@@ -623,5 +623,6 @@ def test_where_no_workers_can_be_started_one_line_says_so(recipe, monkeypatch):
     assert 4 < len(refused) < 9
     assert all("2 processes that read frames cannot be started" in text and "--workers 0" in text for text in refused)
     assert raised == []
+    room = iter(())
     with pytest.raises(OSError, match=r"2 jobs cannot be started .*--jobs 1"):
         list(recipe("comparison").run_jobs(print, [(1,), (2,)], 2))
