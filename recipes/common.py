@@ -107,7 +107,7 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
         return iter(loader)
     except OSError as error:
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            half = frame.f_locals.get("self")
+            half: Any = frame.f_locals.get("self")
             if hasattr(half, "_shutdown_workers"):
                 half._shutdown = True  # it would do this when it goes, and end in a traceback of its own
                 for worker in vars(half).get("_workers", ()):
@@ -314,7 +314,8 @@ def draw(path: Path, figure: Callable[[], Any]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    """UTF-8; a file's name that is no text comes with backslashes."""
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: object) -> None:
@@ -463,6 +464,36 @@ def read_metrics(file: Path) -> dict:
             "the command that trained the run then writes it again."
         )
     return metrics
+
+
+def check_form(file: Path, value: Any, form: Any, what: str = "it") -> None:
+    """Raises a ValueError that names the file and the place unless a value of its JSON has a form.
+
+    Args:
+        form: a kind, a function of the value that says whether it is right (its name says what it wants), a list of one
+            form for all elements, or a dictionary of forms by key: all keys must be there; one for all keys is given
+            under ``str``.
+    """
+    if isinstance(form, (dict, list)):
+        check_form(file, value, type(form), what)
+    if isinstance(form, dict):
+        for key, of in form.items():
+            if key is not str and key not in value:
+                raise ValueError(f"{file}: {what} has no {key!r}: restore the file, or measure it again.")
+            for one in value if key is str else (key,):
+                check_form(file, value[one], of, f"{what}[{one!r}]")
+    elif isinstance(form, list):
+        for i, element in enumerate(value):
+            check_form(file, element, form[0], f"{what}[{i}]")
+    elif not (type(value) is form if isinstance(form, type) else form(value)):
+        name = form.__name__.removeprefix("is_").replace("_", " ")
+        text = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+        raise ValueError(f"{file}: {what} should be {name}, got {text}: restore the file, or measure it again.")
+
+
+def is_share(value: object) -> bool:
+    """Whether it is a number from 0 to 1."""
+    return is_number(value) and 0 <= float(value) <= 1  # type: ignore[arg-type]
 
 
 def is_number(value: object) -> bool:

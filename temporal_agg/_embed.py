@@ -292,12 +292,11 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, Rows, int]:
                     if len(marks) % 8:
                         raise ValueError(f"marks of {len(marks)} bytes")
                     purity, change = content.get("purity"), content.get("change")
-                    rows[key] = Row(
-                        torch.from_numpy(embedding.astype(np.float32)),
-                        marks,
-                        None if purity is None else float(purity),
-                        None if change is None else int(change),
-                    )
+                    if purity is not None and (type(purity) not in (int, float) or abs(purity) > 1):  # it may be NaN
+                        raise ValueError(f"a purity of {purity!r}")
+                    if change is not None and (type(change) is not int or not -1 <= change < 2**31):
+                        raise ValueError(f"a change at frame {change!r}")
+                    rows[key] = Row(torch.from_numpy(embedding.astype(np.float32)), marks, purity, change)
                 whole += len(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # of json and base64, too
         what = f"no {error}" if isinstance(error, KeyError) else error

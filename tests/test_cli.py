@@ -482,6 +482,11 @@ def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
             json.dumps({**row, "embedding": wrong}).encode() + b"\n"
             for wrong in ("", "AA", "%%%%", "AADAfw==", 5, None)
         ),
+        *(
+            json.dumps({**row, **wrong}).encode() + b"\n"
+            for wrong in ({"purity": 2}, {"purity": "x"}, {"marks": "AA=="})
+        ),
+        *(json.dumps({**row, "change": wrong}).encode() + b"\n" for wrong in (1e999, 10**30, -2, 1.5, [1], True)),
         json.dumps(row).encode() + b"\n" + json.dumps({**row, "embedding": "AACAPwAAgD8="}).encode() + b"\n",
     ]
     part = tmp_path / "out.npz.part"
