@@ -445,8 +445,11 @@ class Parts:
         form = re.compile(re.escape(self.output.name) + r"(\.\d+)?\.part")
         return sorted(path for path in self.output.parent.iterdir() if form.fullmatch(path.name))
 
+    def lock_of(self, part: Path) -> Path:
+        return part.with_name(f".{part.name}.lock")
+
     def locked(self, part: Path) -> Any:
-        return locked(part.with_name(f".{part.name}.lock"), str(self.output))
+        return locked(self.lock_of(part), str(self.output))
 
     def refuse_others(self) -> None:
         """Raises Busy if a process of another run is at work; the locks of those that have ended go."""

@@ -574,6 +574,23 @@ def test_index(plain, tmp_path, capsys):
     assert "g.faiss is no index of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "dot"])
+def test_an_index_of_a_gallery_that_has_changed_since_is_refused(plain, tmp_path, capsys, kind, distance):
+    """By one row of many, or by two that have changed places: names would stand beside other tracklets' distances."""
+    pytest.importorskip("faiss", reason="faiss is not installed (extra faiss)")
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    index = str(tmp_path / "g.faiss")
+    assert cli.main(["index", plain("g.npz", rows.tolist(), distance=distance), "-o", index, "--kind", kind]) == 0
+    other, swapped, near = rows.clone(), rows.clone(), rows * (1 + 1e-7)
+    other[41] += 0.01
+    swapped[[41, 42]] = rows[[42, 41]]
+    for changed, code in ((rows, 0), (near, 0), (other, 1), (swapped, 1), (rows[:-1], 1)):
+        path = plain("now.npz", changed.tolist(), distance=distance)
+        assert cli.main(["search", path, path, "-k", "1", "--index", index]) == code
+        assert ("g.faiss is no index of" in capsys.readouterr().err) == bool(code)
+
+
 def test_tilde_is_expanded(models, folder, tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(folder.parent))

@@ -364,6 +364,16 @@ def test_an_unfinished_run_is_no_leave_to_overwrite(folder, out, gallery, capfd)
     assert list(content(out)) == ["a.npz"]
 
 
+@pytest.mark.parametrize("name", ["a.npz.part", ".a.npz.part.lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_where_the_part_should_be_is_named(folder, out, capsys, quick, make, name):
+    """A pipe would be waited for without end."""
+    make(out / name)
+    assert embed(folder, out)() == 1
+    assert f"{out / name} is there and no file: choose another name." in capsys.readouterr().err
+    assert quick.read_text() == ""
+
+
 def test_a_run_that_fails_at_once_leaves_nothing(folder, out):
     def before():
         _embed.embed_tracklets = None  # a TypeError
