@@ -145,9 +145,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.cpu()  # nothing comes back from "meta"
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch lists all that it has
+        raise ValueError(f"--device {name!r} cannot be used here ({why}); try cpu.") from error
+    return tensor.device
 
 
 def frames_key(tracklet: Tracklet, flow: bool = True) -> str:

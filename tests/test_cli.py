@@ -257,7 +257,7 @@ def test_errors_say_what_to_do(embed, models, folder, tmp_path, capsys):
     fails("*.npz", output="out.txt")
     fails("no folder", output="missing/out.npz")
     fails("local-dir", model="no/such/model")
-    fails("--device banana", "--device", "banana")
+    fails("--device 'banana'", "--device", "banana")
     fails("at least 1", "--frames-per-batch", "0", output="zero.npz")
     (folder / "0003" / "2_a" / "2.png").write_bytes(b"no image")
     for workers in ("0", "1"):
@@ -589,6 +589,13 @@ def test_an_index_of_a_gallery_that_has_changed_since_is_refused(plain, tmp_path
         path = plain("now.npz", changed.tolist(), distance=distance)
         assert cli.main(["search", path, path, "-k", "1", "--index", index]) == code
         assert ("g.faiss is no index of" in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize("name", ["meta", "", "gpu", "cuda:99", "mps:7"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=rf"--device '{name}' cannot be used here \(.*\); try cpu\.$") as error:
+        _embed.pick_device(name)
+    assert len(str(error.value)) < 300
 
 
 def test_tilde_is_expanded(models, folder, tmp_path, monkeypatch):

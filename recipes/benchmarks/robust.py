@@ -418,7 +418,8 @@ def write_results(args: argparse.Namespace, results: Sequence[dict]) -> dict:
     args.results.mkdir(parents=True, exist_ok=True)
     write_json(args.results / "robust.json", study)
     write_text(args.results / "robust.md", text(study))
-    draw(args.results / "robust.png", lambda: figure(study))
+    if any(kind in study["models"] for kind in TITLES):
+        draw(args.results / "robust.png", lambda: figure(study))
     print("\n" + text(study))
     return study
 
