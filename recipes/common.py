@@ -119,9 +119,27 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3."""
+    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3. What it would silently take for
+    something else is refused: 010 (it says 8), 1:30 (90), and a key that comes twice, of which the last would count."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key[1] for key in keys if keys.count(key) > 1]:
+            raise yaml.composer.ComposerError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return node
+
+    def construct_number(self, node):
+        text = self.construct_scalar(node)
+        if ":" in text or re.match("[-+]?0[0-9_]", text) or len(text) > 100:
+            what = f"{text[:100]!r} is no number that everybody reads alike: write it in decimals, or in quotes"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
 
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
