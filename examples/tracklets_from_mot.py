@@ -238,7 +238,7 @@ def check_settings(out: Path, settings: dict) -> None:
         if changed:
             was = "; ".join(f"{k}: was {before.get(k)}, is {settings.get(k)}" for k in changed)
             raise ValueError(f"{out} was made with other settings ({was}): choose another --out, or remove it.")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not path.name.startswith(f".{file.name}.") for path in out.iterdir()):
         raise FileExistsError(f"{out} holds other things already: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(file, lambda temporary: temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8"))

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -28,6 +29,7 @@ import timm
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import temporal_agg
 from temporal_agg import data, retrieval
@@ -108,10 +110,49 @@ def one_line(script: str, *kinds: type[Exception]) -> Iterator[None]:
         ) from error
 
 
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """What a loader loads, once.
+
+    Raises:
+        OSError: the system has no room for the worker processes; says what to do.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half: Any = frame.f_locals.get("self")
+            if hasattr(half, "_shutdown_workers"):
+                half._shutdown = True  # it would do this when it goes, and end in a traceback of its own
+                for worker in vars(half).get("_workers", ()):
+                    worker.terminate()
+        raise OSError(
+            f"{loader.num_workers} processes that read frames cannot be started ({error}): pass --workers 0, or give a "
+            "container more shared memory (docker run --shm-size 1g)."
+        ) from error
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3."""
+    """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3. What it would silently take for
+    something else is refused: 010 (it says 8), 1:30 (90), and a key that comes twice, of which the last would count."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key[1] for key in keys if keys.count(key) > 1]:
+            raise yaml.composer.ComposerError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return node
+
+    def construct_number(self, node):
+        text = self.construct_scalar(node)
+        if ":" in text or re.match("[-+]?0[0-9_]", text) or len(text) > 100:
+            what = f"{text[:100]!r} is no number that everybody reads alike: write it in decimals, or in quotes"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
 
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
@@ -304,7 +345,8 @@ def draw(path: Path, figure: Callable[[], Any]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    """UTF-8; a file's name that is no text comes with backslashes."""
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: object) -> None:
@@ -453,6 +495,36 @@ def read_metrics(file: Path) -> dict:
             "the command that trained the run then writes it again."
         )
     return metrics
+
+
+def check_form(file: Path, value: Any, form: Any, what: str = "it") -> None:
+    """Raises a ValueError that names the file and the place unless a value of its JSON has a form.
+
+    Args:
+        form: a kind, a function of the value that says whether it is right (its name says what it wants), a list of one
+            form for all elements, or a dictionary of forms by key: all keys must be there; one for all keys is given
+            under ``str``.
+    """
+    if isinstance(form, (dict, list)):
+        check_form(file, value, type(form), what)
+    if isinstance(form, dict):
+        for key, of in form.items():
+            if key is not str and key not in value:
+                raise ValueError(f"{file}: {what} has no {key!r}: restore the file, or measure it again.")
+            for one in value if key is str else (key,):
+                check_form(file, value[one], of, f"{what}[{one!r}]")
+    elif isinstance(form, list):
+        for i, element in enumerate(value):
+            check_form(file, element, form[0], f"{what}[{i}]")
+    elif not (type(value) is form if isinstance(form, type) else form(value)):
+        name = form.__name__.removeprefix("is_").replace("_", " ")
+        text = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+        raise ValueError(f"{file}: {what} should be {name}, got {text}: restore the file, or measure it again.")
+
+
+def is_share(value: object) -> bool:
+    """Whether it is a number from 0 to 1."""
+    return is_number(value) and 0 <= float(value) <= 1  # type: ignore[arg-type]
 
 
 def is_number(value: object) -> bool:

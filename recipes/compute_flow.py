@@ -192,7 +192,7 @@ def compute_all(tracklets: list[Tracklet], missing: list[Tracklet], args: argpar
     done: dict[int, dict[int, list]] = defaultdict(dict)  # of tracklets that are not finished: first frame -> flow
     errors: dict[int, str] = {}
     with tqdm(total=sum(map(len, missing)), desc="flow", unit="frame") as bar:
-        for i, first, count, flow, error in loader:
+        for i, first, count, flow, error in common.start_workers(loader):
             bar.update(count)
             if i in errors:
                 continue

@@ -39,7 +39,7 @@ import accelerate
 import common
 import numpy as np
 import torch
-from common import cell, draw, embed_test, layout, score, summary, write_json, write_tensors, write_text
+from common import cell, draw, embed_test, layout, score, start_workers, summary, write_json, write_tensors, write_text
 from settings import DEFAULTS, NOT_COMPARED, Settings, names_of, parse, stages_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -161,20 +161,6 @@ def build_loader(settings: Settings, model, dataset: data.TrackletData, labels: 
         collate_fn=data.collate_clips,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def start_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """The batches of an epoch.
-
-    Raises:
-        OSError: the system has no room for the worker processes; says what to do.
-    """
-    try:
-        return iter(loader)
-    except OSError as error:
-        raise OSError(
-            f"{loader.num_workers} processes that read frames cannot be started ({error}): pass --workers 0."
-        ) from error
 
 
 def start_from(model: temporal_agg.TrackletModel, run: str) -> None:
@@ -456,6 +442,13 @@ def train_held(
 
 def run_epochs(job: Training) -> None:
     """The training loop, from where the job stands to its last epoch."""
+    total, done = job.settings.epochs * job.steps, job.progress["epoch"] * job.steps + job.progress["batch"]
+    hidden = not (job.accelerator.is_main_process and job.shows_progress)
+    with tqdm(total=total, initial=done, desc=job.settings.model, disable=hidden, unit="batch") as bar:
+        train_epochs(job, bar)
+
+
+def train_epochs(job: Training, bar: tqdm) -> None:
     settings, progress, accelerator = job.settings, job.progress, job.accelerator
     main, steps = accelerator.is_main_process, job.steps
     writer = None
@@ -463,9 +456,6 @@ def run_epochs(job: Training) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(job.directory))
-    done = progress["epoch"] * steps + progress["batch"]
-    hidden = not (main and job.shows_progress)
-    bar = tqdm(total=settings.epochs * steps, initial=done, desc=settings.model, disable=hidden, unit="batch")
     for epoch in range(progress["epoch"], settings.epochs):
         clock = time.perf_counter()
         sampler: Any = job.loader.batch_sampler
@@ -512,7 +502,6 @@ def run_epochs(job: Training) -> None:
         for key, value in entry.items():
             if writer and key != "epoch":
                 writer.add_scalar(key, value, epoch + 1)
-    bar.close()
     if writer:
         writer.close()
 

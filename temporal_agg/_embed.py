@@ -145,9 +145,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.cpu()  # nothing comes back from "meta"
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch lists all that it has
+        raise ValueError(f"--device {name!r} cannot be used here ({why}); try cpu.") from error
+    return tensor.device
 
 
 def frames_key(tracklet: Tracklet, flow: bool = True) -> str:
@@ -292,12 +295,11 @@ def _read_part(path: Path) -> tuple[dict[str, Any] | None, Rows, int]:
                     if len(marks) % 8:
                         raise ValueError(f"marks of {len(marks)} bytes")
                     purity, change = content.get("purity"), content.get("change")
-                    rows[key] = Row(
-                        torch.from_numpy(embedding.astype(np.float32)),
-                        marks,
-                        None if purity is None else float(purity),
-                        None if change is None else int(change),
-                    )
+                    if purity is not None and (type(purity) not in (int, float) or abs(purity) > 1):  # it may be NaN
+                        raise ValueError(f"a purity of {purity!r}")
+                    if change is not None and (type(change) is not int or not -1 <= change < 2**31):
+                        raise ValueError(f"a change at frame {change!r}")
+                    rows[key] = Row(torch.from_numpy(embedding.astype(np.float32)), marks, purity, change)
                 whole += len(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # of json and base64, too
         what = f"no {error}" if isinstance(error, KeyError) else error
@@ -446,8 +448,11 @@ class Parts:
         form = re.compile(re.escape(self.output.name) + r"(\.\d+)?\.part")
         return sorted(path for path in self.output.parent.iterdir() if form.fullmatch(path.name))
 
+    def lock_of(self, part: Path) -> Path:
+        return part.with_name(f".{part.name}.lock")
+
     def locked(self, part: Path) -> Any:
-        return locked(part.with_name(f".{part.name}.lock"), str(self.output))
+        return locked(self.lock_of(part), str(self.output))
 
     def refuse_others(self) -> None:
         """Raises Busy if a process of another run is at work; the locks of those that have ended go."""

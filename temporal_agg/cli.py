@@ -40,6 +40,7 @@ from .aggregators.registry import registry_entry
 from .data import Tracklet
 from .models import list_models
 from .retrieval._overlap import overlaps
+from .retrieval.ann import same_rows
 from .retrieval.store import Embeddings, check_kind, merge_embeddings, read_embeddings, write_embeddings
 
 Pairs = tuple[Tensor, Tensor]
@@ -47,7 +48,7 @@ STDOUT = "the standard output"
 WAIT = 0.2  # seconds between two looks at a lock that another process of the same run has
 COSINE_THRESHOLD = 0.3  # of link
 SAME = 0.5  # part of a tracklet's frames that another has, from which on both are taken for one
-CHECKED = 16  # rows of a gallery that are looked up in its index
+CHECKED = 16  # rows of a gallery that are looked up in an index that keeps them in a smaller form
 IMPURE = 3  # tracklets that embed names
 MEASURED = 1000  # rows that the recall of an index is measured with
 MODEL = "a directory of save_pretrained or recipes/train.py, hf-hub:<owner>/<repo>[@<revision>], or a released name"
@@ -75,6 +76,8 @@ def run_embed(args: argparse.Namespace) -> None:
     if output.exists() and not allowed:
         parts.sweep()
     check_output(output, allowed)
+    for path in (parts.own, parts.lock_of(parts.own)):
+        check_folder(path)
     with parts.locked(parts.own):
         parts.refuse_others()
         job = prepare(args.folder, args.model, args)
@@ -349,14 +352,16 @@ def read_index(path: Path, gallery: Embeddings, gallery_path: Path) -> Any:
     """A FAISS index, after a check that it is one of this gallery."""
     index = retrieval.load_index(path)
     have, want = (index.ntotal, index.d), tuple(gallery.embeddings.shape)
-    if have == want:
+    same = same_rows(index, gallery.embeddings, gallery.distance)
+    if same is None and have == want:
         rows = torch.linspace(0, want[0] - 1, min(CHECKED, want[0])).long()
         queries = gallery.embeddings[rows]
         got, places = retrieval.search_index(index, queries, min(5, want[0]))
         true = retrieval.distances(queries, gallery.embeddings, gallery.distance).gather(1, places.clamp(min=0))
         known = places >= 0
-        if known.any() and (got - true)[known].abs().mean() <= 0.2 * true[known].abs().mean() + 1e-3:
-            return index
+        same = bool(known.any() and (got - true)[known].abs().mean() <= 0.2 * true[known].abs().mean() + 1e-3)
+    if same:
+        return index
     raise ValueError(
         f"{path} is no index of {gallery_path}: it has {have[0]} rows of {have[1]} numbers, and the gallery {want[0]} "
         f"of {want[1]}, or others. Make it again: temporal-agg index {gallery_path} -o {path}."
@@ -537,7 +542,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--backbone-pretrained", action="store_true", help="timm's weights; mean_* and max_* only")
     running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     running.add_argument("--frames-per-batch", type=int, default=256, help="bounds memory (256)")
-    running.add_argument("--workers", type=int, help="processes that read images; default: by the number of cores")
+    running.add_argument("--workers", type=int, help="threads that read images; default: by the number of cores")
     running.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     running.add_argument("--reject-outliers", action="store_true", help="leave out frames that show somebody else")
     add_embed(commands, running)

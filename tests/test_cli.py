@@ -257,7 +257,7 @@ def test_errors_say_what_to_do(embed, models, folder, tmp_path, capsys):
     fails("*.npz", output="out.txt")
     fails("no folder", output="missing/out.npz")
     fails("local-dir", model="no/such/model")
-    fails("--device banana", "--device", "banana")
+    fails("--device 'banana'", "--device", "banana")
     fails("at least 1", "--frames-per-batch", "0", output="zero.npz")
     (folder / "0003" / "2_a" / "2.png").write_bytes(b"no image")
     for workers in ("0", "1"):
@@ -482,6 +482,11 @@ def test_a_damaged_part_is_named_and_left(embed, tmp_path, capsys):
             json.dumps({**row, "embedding": wrong}).encode() + b"\n"
             for wrong in ("", "AA", "%%%%", "AADAfw==", 5, None)
         ),
+        *(
+            json.dumps({**row, **wrong}).encode() + b"\n"
+            for wrong in ({"purity": 2}, {"purity": "x"}, {"marks": "AA=="})
+        ),
+        *(json.dumps({**row, "change": wrong}).encode() + b"\n" for wrong in (1e999, 10**30, -2, 1.5, [1], True)),
         json.dumps(row).encode() + b"\n" + json.dumps({**row, "embedding": "AACAPwAAgD8="}).encode() + b"\n",
     ]
     part = tmp_path / "out.npz.part"
@@ -567,6 +572,30 @@ def test_index(plain, tmp_path, capsys):
             assert [m["name"] for m in got["matches"]] == [m["name"] for m in exact["matches"]]
     assert cli.main(["search", g, other, "--index", index]) == 1
     assert "g.faiss is no index of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "dot"])
+def test_an_index_of_a_gallery_that_has_changed_since_is_refused(plain, tmp_path, capsys, kind, distance):
+    """By one row of many, or by two that have changed places: names would stand beside other tracklets' distances."""
+    pytest.importorskip("faiss", reason="faiss is not installed (extra faiss)")
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    index = str(tmp_path / "g.faiss")
+    assert cli.main(["index", plain("g.npz", rows.tolist(), distance=distance), "-o", index, "--kind", kind]) == 0
+    other, swapped, near = rows.clone(), rows.clone(), rows * (1 + 1e-7)
+    other[41] += 0.01
+    swapped[[41, 42]] = rows[[42, 41]]
+    for changed, code in ((rows, 0), (near, 0), (other, 1), (swapped, 1), (rows[:-1], 1)):
+        path = plain("now.npz", changed.tolist(), distance=distance)
+        assert cli.main(["search", path, path, "-k", "1", "--index", index]) == code
+        assert ("g.faiss is no index of" in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize("name", ["meta", "", "gpu", "cuda:99", "mps:7"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=rf"--device '{name}' cannot be used here \(.*\); try cpu\.$") as error:
+        _embed.pick_device(name)
+    assert len(str(error.value)) < 300
 
 
 def test_tilde_is_expanded(models, folder, tmp_path, monkeypatch):

@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from temporal_agg import _embed, _files, cli, create_aggregator, create_model, export_onnx, retrieval
+from temporal_agg import _embed, _files, cli, create_aggregator, create_model, export_onnx
 from temporal_agg.retrieval.store import read_embeddings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 # Kills of one command: if it writes more often, evenly spread.
 MOST = int(os.environ.get("KILLS", 12))
+FEW = min(4, MOST)  # where another test has killed the same mechanism everywhere
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 NAMES = [f"000{i // 2}/{i % 2 + 1}_a" for i in range(6)]
 
@@ -105,17 +106,18 @@ def content(folder):
     return {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
 
 
-def check(out, run, tmp_path, outputs):
+def check(out, run, tmp_path, outputs, most=MOST):
     """Kills ``run`` at each of its changes in the folder ``out``, and lets it run again."""
     first = content(out)
     counted = tmp_path / "counted"
+    counted.unlink(missing_ok=True)
     assert ended(start(run, lambda: watch(out, -1, counted))) == 0
     want = content(out)
     assert set(want) == {*first, *outputs}
     number = counted.stat().st_size
     assert number > 3
-    sizes = [1, 60, 200, 700]  # killed in the middle of a write, too
-    places = range(1, number + 1, max(1, -(-number // MOST)))
+    sizes = [1, 60, 200, 700][: max(1, most // 3)]  # killed in the middle of a write, too
+    places = range(1, number + 1, max(1, -(-number // most)))
     for kill in [*places, number, *(-size for size in sizes)]:
         shutil.rmtree(out)
         out.mkdir()
@@ -164,6 +166,18 @@ def test_embed(folder, tmp_path, out):
 
 
 @pytest.mark.slow
+def test_embed_parquet(folder, tmp_path, out):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    run = command("embed", folder, "-o", out / "a.parquet", "--model", "m", "--frames-per-batch", 4)
+    check(out, run, tmp_path, ["a.parquet"], FEW)
+    (folder / "0007/1_a").mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "0007/1_a/1.png")
+    run = command("embed", folder, "-o", out / "a.parquet", "--model", "m", "--append")
+    check(out, run, tmp_path, ["a.parquet"], FEW)
+    assert read_embeddings(out / "a.parquet").names == [*NAMES, "0007/1_a"]
+
+
+@pytest.mark.slow
 def test_embed_append(folder, tmp_path, out, gallery):
     (out / "a.npz").write_bytes(gallery.read_bytes())
     for name in ("0007/1_a", "0007/2_a"):
@@ -185,7 +199,16 @@ def test_merge(tmp_path, out, gallery):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(retrieval, "link"), reason="retrieval.link is not there")
+def test_index(tmp_path, out, gallery):
+    """FAISS opens its file unseen by Python, and does not raise OSError."""
+    pytest.importorskip("faiss", reason="the extra faiss is not installed")
+    check(out, command("index", gallery, "-o", out / "a.faiss"), tmp_path, ["a.faiss"], FEW)
+    (out / "a.faiss").write_bytes(b"old")
+    run = command("index", gallery, "-o", out / "a.faiss", "--kind", "hnsw", "--overwrite")
+    check(out, run, tmp_path, ["a.faiss"], FEW)
+
+
+@pytest.mark.slow
 def test_link(folder, tmp_path, out, gallery):
     words = ["link", gallery, "-o", out / "a.csv", "--sheet", out / "a.html", "--folder", folder]
     check(out, command(*words), tmp_path, ["a.csv", "a.html"])
@@ -339,6 +362,16 @@ def test_an_unfinished_run_is_no_leave_to_overwrite(folder, out, gallery, capfd)
     assert ended(start(embed(folder, out, "--overwrite"))) == 0
     assert read_embeddings(out / "a.npz").names == [*NAMES, "0009/1_a"]
     assert list(content(out)) == ["a.npz"]
+
+
+@pytest.mark.parametrize("name", ["a.npz.part", ".a.npz.part.lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_where_the_part_should_be_is_named(folder, out, capsys, quick, make, name):
+    """A pipe would be waited for without end."""
+    make(out / name)
+    assert embed(folder, out)() == 1
+    assert f"{out / name} is there and no file: choose another name." in capsys.readouterr().err
+    assert quick.read_text() == ""
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(folder, out):

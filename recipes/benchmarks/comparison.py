@@ -61,13 +61,21 @@ def run_jobs(work: Callable[..., Any], jobs: Sequence[tuple], processes: int) ->
         processes: at a time; 1: in this one.
 
     Raises:
+        OSError: the system has no room for them.
         ValueError: one of the processes was killed.
     """
     if processes == 1:
         yield from (work(*job) for job in jobs)
         return
     started = (start_job, (threads(processes),))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *started) as pool:
+    try:
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *started)
+    except OSError as error:
+        raise OSError(
+            f"{processes} jobs cannot be started ({error}): pass --jobs 1, or give a container more shared memory "
+            "(docker run --shm-size 1g)."
+        ) from error
+    with pool:
         futures = [pool.submit(work, *job) for job in jobs]
         try:
             for future in as_completed(futures):

@@ -15,8 +15,15 @@ RESULTS = Path(__file__).parent / "results" / "speed.json"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
 
-def read(file: Path) -> dict[str, dict]:
+TORCH: dict[str, type] = {"torch": str}
+ABOUT = {"device": str, "python": str, **TORCH, "timm": str, "numpy": str, "threads": int}  # what the page says
+
+
+def read(file: Path, about: dict[str, type] = TORCH) -> dict[str, dict]:
     """The parts of a file that speed.py wrote.
+
+    Args:
+        about: what must be known of the environment, and its kinds.
 
     Raises:
         OSError: it cannot be read.
@@ -24,16 +31,25 @@ def read(file: Path) -> dict[str, dict]:
     """
     content = read_json(file)
     parts = content.get("parts", {content.get("part"): content})
-    try:
-        for part, result in parts.items():
-            if not isinstance(part, str) or not isinstance(result["environment"]["torch"], str):
-                raise TypeError("a part without a name or an environment")
-            for _, times in timings(part, result):
-                if not all(times.values()) or not all(common.is_number(t) for some in times.values() for t in some):
-                    raise TypeError("times that are none")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of speed.py (--out): {error!r}.") from error
+    common.check_form(file, parts, dict)
+    if not parts or None in parts:
+        raise ValueError(f"{file} is no result of speed.py (--out): it has no part.")
+    form = {"environment": about, "settings": dict, "rows": [{"name": str}]}
+    for part, result in parts.items():
+        common.check_form(file, result, form, part)
+        for row in (row for row in result["rows"] if "queries" in row):
+            common.check_form(file, row, {"queries": int, "gallery": int}, row["name"])
+        common.check_form(file, result["environment"].get("load", 0), common.is_number, f"{part}'s load")
+        if part == "embed":
+            common.check_form(file, result["settings"], dict.fromkeys(("tracklets", "frames"), int), part)
+        for name, of in measured(part, result):
+            common.check_form(file, of["all_ms"], {"ours": list, str: is_some_times}, name)
+            common.check_form(file, of.get("peak_mb", {}), {str: common.is_number}, f"memory of {name}")
     return parts
+
+
+def is_some_times(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(common.is_number(ms) and ms > 0 for ms in value)
 
 
 def measured(part: str, result: dict) -> list[tuple[str, dict]]:
@@ -137,7 +153,7 @@ def markdown(part: str, result: dict) -> str:
         median = {form: statistics.median(values) for form, values in times.items()}
         frames = settings["tracklets"] * settings["frames"] if part == "embed" else 0
         cells = [
-            f"{1000 * frames / median[form]:.1f}" if frames else f"{median[form]:.2f}" if form in median else ""
+            "" if form not in median else f"{1000 * frames / median[form]:.1f}" if frames else f"{median[form]:.2f}"
             for form in forms
         ]
         unit, ours = relative(times)

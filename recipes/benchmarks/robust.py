@@ -207,7 +207,7 @@ def run(args: argparse.Namespace, name: str, split: int) -> dict:
     """One split of one model, or its file of before."""
     file = args.out / f"{name}-split{split}.json"
     if file.exists():
-        return read_json(file)
+        return read(file)
     if name == SYNTHETIC:
         result = measure_synthetic()
     elif name == FROZEN:
@@ -227,6 +227,36 @@ def run(args: argparse.Namespace, name: str, split: int) -> dict:
     result = {"name": name, "split": split, **result}
     write_json(file, result)
     return result
+
+
+def read(file: Path) -> dict:
+    """What was measured of one split before.
+
+    Raises:
+        ValueError: the file is no such record; the message names it.
+    """
+    result = read_json(file)
+    common.check_form(file, result, {"name": str, "split": int, "areas": {str: AREAS}})
+    name, split = result["name"], result["split"]
+    if file.name != f"{name}-split{split}.json":
+        raise ValueError(f"{file} is of {name}, split {split}: rename it, or delete it, and it is measured again.")
+    if name == SYNTHETIC:
+        common.check_form(file, result["areas"], dict.fromkeys(FAULTS, dict), "areas")
+        return result
+    names = [*POOLINGS] if name in TITLES else [name, MASKED.format(name)]
+    measures = {key: {"map": common.is_share, "rank1": common.is_share} for key in names}
+    common.check_form(file, result, {"measures": {str(share): measures for share in SHARES}})
+    if name in TITLES:
+        common.check_form(file, result["areas"], {str(share): dict for share in SHARES if share}, "areas")
+    return result
+
+
+def is_area(value: object) -> bool:
+    """NaN where there was nothing to be told apart."""
+    return common.is_share(value) or value != value
+
+
+AREAS = {**dict.fromkeys(("weights", "purity", "exact place"), is_area), "frames off": common.is_number}
 
 
 def gather(results: Sequence[dict]) -> dict:
@@ -344,7 +374,8 @@ def write_results(args: argparse.Namespace, results: Sequence[dict]) -> dict:
     args.results.mkdir(parents=True, exist_ok=True)
     write_json(args.results / "robust.json", study)
     write_text(args.results / "robust.md", text(study))
-    draw(args.results / "robust.png", lambda: figure(study))
+    if any(kind in study["models"] for kind in TITLES):
+        draw(args.results / "robust.png", lambda: figure(study))
     print("\n" + text(study))
     return study
 
@@ -377,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict:
         for k, (name, split) in enumerate(jobs, 1):
             run(args, name, split)
             print(f"[{k}/{len(jobs)}] {name}, split {split}", flush=True)
-        done = [read_json(file) for file in args.out.glob("*-split*.json")]
+        done = [read(file) for file in args.out.glob("*-split*.json")]
         return write_results(args, sorted(done, key=lambda result: (result["name"], result["split"])))
 
 

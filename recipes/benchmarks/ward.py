@@ -695,6 +695,17 @@ def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
     return args
 
 
+MEASURES = {"map": common.is_share, "rank1": common.is_share}
+RUN = {
+    "tests": {"clean": MEASURES, str: MEASURES},
+    "criterion": str,
+    "distance": str,
+    "aggregator_parameters": int,
+    "num_features": int,
+    "processor_seconds": common.is_number,
+}
+
+
 def read_record(file: Path, size: Size) -> dict:
     """What was measured before, or nothing yet.
 
@@ -709,12 +720,21 @@ def read_record(file: Path, size: Size) -> dict:
     if not file.exists():
         return {"size": wanted, "environment": {}, "encoders": {}, "search": {}, "results": {}}
     record = read_json(file)
-    for key in ("size", "environment", "encoders", "search", "results"):
-        if not isinstance(record.get(key), dict):
-            raise ValueError(f"{file}: {key!r} is missing or no object: it is no record of ward.py.")
+    common.check_form(file, record, dict.fromkeys(("size", "environment", "encoders", "search", "results"), dict))
     if record["size"] != wanted:
         changed = [key for key in wanted if record["size"].get(key) != wanted[key]]
         raise ValueError(f"{file} was measured with other settings ({', '.join(changed)}): choose another --results.")
+    if record["environment"]:
+        common.check_form(
+            file, record["environment"], dict.fromkeys(("device", "torch", "command"), str), "environment"
+        )
+    common.check_form(file, record["encoders"], {str: {**RUN, "untrained": MEASURES}}, "encoders")
+    keys = ["clean", *(key_of(*fault) for fault in size.shares)]
+    for group, tests in (("search", ["clean"]), ("results", keys)):
+        common.check_form(file, record[group], {str: {str: dict}}, group)
+        done = {n: {s: run for s, run in of.items() if "failed" not in run} for n, of in record[group].items()}
+        form = {**RUN, "tests": {str: MEASURES, **{key: MEASURES for key in tests}}}
+        common.check_form(file, done, {str: {str: form}}, group)
     return record
 
 

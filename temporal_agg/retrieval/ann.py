@@ -152,6 +152,28 @@ def load_index(path: str | os.PathLike) -> Any:
     return index
 
 
+@torch.no_grad()
+def same_rows(index: Any, gallery: Array, metric: str) -> bool | None:
+    """Whether an index has exactly a gallery's rows, in order; None where it keeps them in a smaller form, or others
+    than :func:`faiss_index` makes."""
+    faiss = _faiss()
+    compared = Comparison(gallery[:0], gallery, metric)
+    G, D = compared.sizes[1], compared.sides[1].shape[1]
+    if (index.ntotal, index.d) != (G, D) or _metric_of(index) != metric:
+        return False
+    inner = faiss.downcast_index(index.index) if hasattr(index, "chain") else index
+    if not isinstance(inner, (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)):
+        return None
+    for start in range(0, G, _ROWS):
+        want = _vectors(compared, 1, slice(start, start + _ROWS))
+        norms = np.linalg.norm(want, axis=1, keepdims=True)
+        if metric == "cosine":
+            want, norms = want / np.where(norms, norms, 1), np.ones_like(norms)
+        if (np.abs(inner.reconstruct_n(start, len(want)) - want) > 1e-5 * norms).any():
+            return False
+    return True
+
+
 def _metric_of(index: Any) -> str:
     faiss = _faiss()
     if isinstance(index, faiss.IndexPreTransform):

@@ -210,7 +210,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _cut(marks: np.ndarray | None, counts: np.ndarray | None) -> list[bytes]:
     """What is stored of all tracklets together -> of each."""
-    if marks is None or counts is None or marks.dtype != np.uint64 or (counts < 0).any() or counts.sum() != len(marks):
+    if marks is None or counts is None or marks.dtype != np.uint64:
+        raise ValueError("marks, uint64, and num_marks go together")
+    if (counts < 0).any() or (counts > len(marks)).any() or counts.sum() != len(marks):
         raise ValueError("marks and num_marks do not fit each other")
     flat, ends = marks.astype("<u8").tobytes(), [0, *(8 * counts.astype(np.int64).cumsum()).tolist()]
     return [flat[start:end] for start, end in pairwise(ends)]

@@ -1,8 +1,9 @@
 """Runs commands that are killed before their n-th write. Each is forked from this process, which has imported them.
 
-A job is a line of JSON on the standard input: ``script`` (a module of recipes/ or hub/), ``argv``, ``setup`` (code that
-runs first), ``root`` (only what is written below it counts), ``kill`` (before which write, from 0; null: none),
-``processes``. The answer is a line, too: ``codes``, and ``writes`` of the first process, as [event, name] each.
+A job is a line of JSON on the standard input: ``script`` (a module of recipes/, hub/ or examples/), ``argv``,
+``setup`` (code that runs first), ``root`` (only what is written below it counts), ``kill`` (before which write, from 0;
+null: none), ``processes``. The answer is a line, too: ``codes``, and ``writes`` of the first process, as [event, name]
+each.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "benchmarks"), str(ROOT / "hub")]
+sys.path[:0] = [str(ROOT / place) for place in ("recipes", "recipes/benchmarks", "hub", "examples")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")
@@ -96,7 +97,7 @@ def run(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    for name in ("train", "evaluate", "study", "publish"):
+    for name in ("train", "evaluate", "study", "publish", "speed", "robust", "tracklets_from_mot"):
         importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

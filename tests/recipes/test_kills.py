@@ -1,8 +1,9 @@
 """Killed before any write of any command, the same command comes to the same files.
 
-Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study. In
-tests/test_cli_kills.py: embed (also by several processes), append, search -o, merge, link, export. In
-tests/models/test_hub.py: save_pretrained. index and Parquet are written by the same ``replace_file``.
+Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study, robust and speed's
+page, and the example that cuts tracklets out of sequences; ward writes as robust does, and trains by train. In
+tests/test_cli_kills.py: embed (also by several processes, and to Parquet), append, search -o, index, merge, link,
+export. In tests/models/test_hub.py: save_pretrained.
 """
 
 import hashlib
@@ -198,6 +199,30 @@ def test_compute_flow(server, tmp_path):
             Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     argv = ["--data", "folder:{}", "--size", "32x16", "--stored-size", "16x16", "--workers", "0", "--out", "{}/flow"]
     kill_everywhere(server, tmp_path, "compute_flow", argv, tmp_path / "start")
+
+
+def test_tracklets_from_mot(server, tmp_path):
+    for name in ("img1", "gt"):
+        (tmp_path / "start/seq" / name).mkdir(parents=True)
+    for frame in "12":
+        Image.effect_noise((40, 60), 50).save(tmp_path / f"start/seq/img1/{frame}.png")
+    lines = [f"{frame},{person},{10 * person},5,9,50,1,1,1\n" for frame in "12" for person in (1, 2)]
+    (tmp_path / "start/seq/gt/gt.txt").write_text("".join(lines))
+    argv = ["{}/seq", "--out", "{}/people", "--min-length", "1", "--cameras", "1", "--test", "0"]
+    made = kill_everywhere(server, tmp_path, "tracklets_from_mot", argv, tmp_path / "start")
+    assert sum(name.startswith("people/train/") for name in made) == 4
+
+
+def test_robust_and_the_page_of_speed(server, tmp_path):
+    results = Path(__file__).parents[2] / "recipes" / "benchmarks" / "results"
+    start = shutil.copytree(results, tmp_path / "start")
+    argv = ["page", "--results", "{}/speed.json", "--out", "{}/speed.md"]
+    kill_everywhere(server, tmp_path, "speed", argv, start, most=min(2, MOST))
+    kept = json.loads((results / "robust.json").read_text())["models"]["synthetic"]["areas"]
+    kept = {"areas": {fault: {key: values[0] for key, values in of.items()} for fault, of in kept.items()}}
+    argv = ["--root", "nowhere", "--only-frozen", "--out", "{}/out", "--results", "{}"]
+    setup = f"import robust; robust.measure_synthetic = lambda: {kept}"
+    kill_everywhere(server, tmp_path, "robust", argv, start, setup=setup)
 
 
 STUDY = """

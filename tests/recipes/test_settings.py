@@ -63,6 +63,12 @@ def test_a_setting_that_makes_no_sense_is_refused(refused, argv, message):
         (b"base: own.yaml", "is its own base"),
         (b"base: 5", "base must be the name of a file, got 5"),
         (b"lr: !!python/none", "is no valid YAML"),
+        (b"lr: 1\nseed: 2\nlr: 3", "'lr' stands there twice"),
+        (b"data_options: {size: 1, size: 2}", "'size' stands there twice"),
+        (b"epochs: 010", "'010' is no number that everybody reads alike"),
+        (b"epochs: 1:30", "'1:30' is no number that everybody reads alike"),
+        (b"lr: 1:30.5", "'1:30.5' is no number that everybody reads alike"),
+        (b"epochs: " + b"9" * 5000, "9' is no number that everybody reads alike"),
         (b"epoch: 3", "unknown setting 'epoch'; did you mean 'epochs'?"),
         (b"clip_length: 2.5", "clip_length must be int, got 2.5"),
         (b"flip: true", "flip must be float, got True"),
@@ -89,7 +95,9 @@ def test_a_config_may_begin_with_a_byte_order_mark_and_bases_may_chain(recipe, t
 
 def test_numbers_may_have_an_exponent_without_a_point(recipe, tmp_path):
     """YAML itself takes 1e-3 for text."""
-    (tmp_path / "a.yaml").write_text("lr: 1e-3\nweight_decay: 5.e+1\nlr_factors: {encoder: 2E2}\nname: 1e3x\n")
+    (tmp_path / "a.yaml").write_text(
+        "<<: {lr: 2, seed: 0}\nlr: 1e-3\nweight_decay: 5.e+1\nlr_factors: {encoder: 2E2}\nname: 1e3x\n"
+    )
     command = ["--config", str(tmp_path / "a.yaml"), "--criterion-options", "margin=3e-1", "mining=hard"]
     settings = recipe("train").parse_settings(command)
     assert (settings.lr, settings.weight_decay, settings.lr_factors) == (1e-3, 50.0, {"encoder": 200.0})

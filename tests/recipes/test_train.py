@@ -1,6 +1,9 @@
 """The reference recipe, in miniature: what it writes, what it refuses, and that nothing is lost when it is killed."""
 
+import _multiprocessing
+import gc
 import json
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -593,3 +596,33 @@ def test_half_precision_and_recomputed_activations(recipe, tmp_path):
     assert losses["twice"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["half"] == pytest.approx(losses["plain"], rel=0.1)
     assert losses["half"] != losses["plain"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the failing lock reaches forked workers only")
+def test_where_no_workers_can_be_started_one_line_says_so(recipe, monkeypatch):
+    """As in a container with little shared memory, whatever lock it is that has no room: torch's half-made iterator
+    would end in a traceback of its own."""
+    raised, refused, make, room = [], [], _multiprocessing.SemLock, iter(())
+
+    def lock(*args):
+        if next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        return make(*args)
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", lock)
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: raised.append(str(error.exc_value)))
+    for number in (0, 3, 6, 9, 10, 11, 12, 13, 99):
+        room = iter(range(number))
+        loader = torch.utils.data.DataLoader([0, 1], num_workers=2, multiprocessing_context="fork")
+        try:
+            assert len(list(recipe("common").start_workers(loader))) == 2
+        except OSError as error:
+            refused.append(str(error))
+    gc.collect()
+    assert multiprocessing.active_children() == []
+    assert 4 < len(refused) < 9
+    assert all("2 processes that read frames cannot be started" in text and "--workers 0" in text for text in refused)
+    assert raised == []
+    room = iter(())
+    with pytest.raises(OSError, match=r"2 jobs cannot be started .*--jobs 1"):
+        list(recipe("comparison").run_jobs(print, [(1,), (2,)], 2))

@@ -218,6 +218,21 @@ def test_wrong_fields_of_npz_are_named(what, tmp_path):
     assert any(text in str(got.value) for text in ("Object arrays", "are named", key))
 
 
+@pytest.mark.parametrize(
+    "counts", [None, [3], [3, 1], [-1, 4], [2**63, 2**63], [2**63 - 1, 4], [1.0, 2.0], [[1, 2]]], ids=str
+)
+def test_marks_that_are_not_those_of_the_tracklets_are_named(counts, tmp_path):
+    """Sums that overflow, too: the marks of all tracklets would come out empty, and tell no copy from another."""
+    path, marks = tmp_path / "a.npz", np.arange(3, dtype=np.uint64)
+    np.savez(path, **GOOD, marks=marks, num_marks=np.array([1, 2]))
+    assert [len(mark) // 8 for mark in read_embeddings(path).marks] == [1, 2]
+    if counts and counts[0] == 2**63:
+        marks = marks[:0]
+    np.savez(path, **GOOD, marks=marks, **({} if counts is None else {"num_marks": np.array(counts)}))
+    with pytest.raises(ValueError, match=r"a\.npz is no file that .*marks"):
+        read_embeddings(path)
+
+
 def test_no_file_fills_the_memory(tmp_path):
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -84,6 +84,34 @@ def test_measures_are_those_of_embed_tracklets(robust, people):
     assert found["areas"]["0.4"]["purity"] > 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("mean", ["measures", "0.3"], [], r"it\['measures'\] has no '0\.3'"),
+        ("mean", ["measures", "0.0", "mean", "map"], ["x"], r"\['mean'\]\['map'\] should be share, got 'x'"),
+        ("mean", ["measures", "0.0", "mean", "map"], [84.2], "should be share, got 84.2"),
+        ("mean", ["measures", "0.0", "mean"], [], r"it\['measures'\]\['0\.0'\] has no 'mean'"),
+        ("mean", ["areas", "0.3", "purity"], [], r"it\['areas'\]\['0\.3'\] has no 'purity'"),
+        ("mean", ["areas", "0.3"], [], r"areas has no '0\.3'"),
+        ("mean", ["split"], [1], "is of mean, split 1: rename it"),
+        ("synthetic", ["name"], [], "it has no 'name'"),
+        ("synthetic", ["areas", "blur"], [], "areas has no 'blur'"),
+    ],
+)
+def test_what_is_wrong_in_a_split_is_named(robust, tmp_path, wrong, name, place, value, message):
+    def first(of):
+        return {key: first(x) for key, x in of.items()} if isinstance(of, dict) else of[0]
+
+    kept = json.loads((robust.RESULTS / "robust.json").read_text(encoding="utf-8"))["models"]
+    file = tmp_path / f"{name}-split0.json"
+    good = {"name": name, **first(kept[name])}
+    file.write_text(json.dumps(good))
+    assert robust.read(file) == good
+    wrong(file, good, place, *value)
+    with pytest.raises(ValueError, match=rf"{name}-split0\.json.*{message}"):
+        robust.read(file)
+
+
 def test_the_page_is_that_of_the_kept_file(robust):
     kept = robust.RESULTS / "robust.json"
     study = json.loads(kept.read_text(encoding="utf-8"))

@@ -65,6 +65,32 @@ def test_what_became_slower_is_named_and_noise_is_not(recipe, tmp_path, capsys):
     assert "0 of 3 became slower" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ([], [{}], "it has no part"),
+        (["retrieval"], [5], "retrieval should be dict, got 5"),
+        (["retrieval", "settings"], [], "retrieval has no 'settings'"),
+        (["retrieval", "environment", "numpy"], [2], r"retrieval\['environment'\]\['numpy'\] should be str, got 2"),
+        (["retrieval", "environment", "threads"], [], r"retrieval\['environment'\] has no 'threads'"),
+        (["retrieval", "environment", "load"], ["x"], "load should be number, got 'x'"),
+        (["retrieval", "rows"], [{}], r"retrieval\['rows'\] should be list, got {}"),
+        (["retrieval", "rows", 0], [[1]], r"retrieval\['rows'\]\[0\] should be dict"),
+        (["retrieval", "rows", 0, "gallery"], [], "distances has no 'gallery'"),
+        (["retrieval", "rows", 0, "all_ms", "ours"], [], "retrieval: distances, 2 x 3 has no 'ours'"),
+        (["retrieval", "rows", 0, "all_ms", "numpy"], [[]], r"\['numpy'\] should be some times, got \[\]"),
+        (["retrieval", "rows", 0, "all_ms", "numpy"], [[0.0]], r"\['numpy'\] should be some times"),
+        (["retrieval", "rows", 0, "all_ms", "numpy"], [[1e999]], r"\['numpy'\] should be some times"),
+        (["retrieval", "rows", 0, "peak_mb"], [{"ours": None}], r"\['ours'\] should be number, got None"),
+    ],
+)
+def test_what_is_wrong_in_a_result_is_named(recipe, tmp_path, wrong, place, value, message):
+    kept = {"parts": {"retrieval": {**part(distances=([5.0], [10.0])), "environment": ENVIRONMENT}}}
+    wrong(tmp_path / "x.json", kept, ["parts", *place], *value)
+    with pytest.raises(SystemExit, match=rf"speed\.py: .*x\.json.*{message}"):
+        recipe("speed").main(["page", "--results", str(tmp_path / "x.json"), "--out", str(tmp_path / "page.md")])
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"parts": {"train": 5}}', '{"parts": {"train": {"rows": []}}}'])
 def test_a_file_that_is_no_result_is_named(recipe, tmp_path, content):
     (tmp_path / "x.json").write_text(content)

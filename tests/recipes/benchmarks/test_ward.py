@@ -177,6 +177,29 @@ def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
         assert f"mAP {100 * found['map']:.1f}, rank-1 {100 * found['rank1']:.1f}" in written
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["search"], [], "it has no 'search'"),
+        (["environment", "torch"], [2], r"environment\['torch'\] should be str, got 2"),
+        (["encoders", "1"], [[]], r"encoders\['1'\] should be dict, got \[\]"),
+        (["encoders", "1", "untrained", "map"], [], r"encoders\['1'\]\['untrained'\] has no 'map'"),
+        (["results", "mean"], ["x"], r"results\['mean'\] should be dict, got 'x'"),
+        (["results", "mean", "1", "tests", "foreign 50 %"], [], r"results\['mean'\]\['1'\]\['tests'\] has no 'fore"),
+        (["results", "gltr", "1", "tests", "clean", "map"], [54.2], r"\['clean'\]\['map'\] should be share, got 54\.2"),
+        (["results", "gltr", "1", "tests", "clean", "map"], [float("nan")], "should be share, got nan"),
+        (["results", "gltr", "1", "processor_seconds"], [None], "should be number, got None"),
+        (["results", "gltr", "1", "num_features"], [True], "should be int, got True"),
+    ],
+)
+def test_what_is_wrong_in_a_record_is_named(ward, tiny, finished, tmp_path, wrong, place, value, message):
+    wrong(tmp_path / "ward.json", json.loads(json.dumps(finished)), place, *value)
+    before = (tmp_path / "ward.json").read_text()
+    with pytest.raises(SystemExit, match=rf"ward\.py: .*ward\.json: .*{message}.*restore the file"):
+        ward.main(["--tables", "--results", str(tmp_path)], tiny)
+    assert (tmp_path / "ward.json").read_text() == before
+
+
 def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     two["results"]["gltr"]["2"] = {"variant": "gltr", "split": 2, "failed": "the loss is nan"}
     written = ward.text(two, NAMES)
