@@ -243,11 +243,9 @@ def read(file: Path) -> dict:
     if name == SYNTHETIC:
         common.check_form(file, result["areas"], dict.fromkeys(FAULTS, dict), "areas")
         return result
-    names = [*POOLINGS] if name in TITLES else [name, MASKED.format(name)]
-    measures = {key: {"map": common.is_share, "rank1": common.is_share} for key in names}
+    measures = {key: {"map": common.is_share, "rank1": common.is_share} for key in POOLINGS}
     common.check_form(file, result, {"measures": {str(share): measures for share in SHARES}})
-    if name in TITLES:
-        common.check_form(file, result["areas"], {str(share): dict for share in SHARES if share}, "areas")
+    common.check_form(file, result["areas"], {str(share): dict for share in SHARES if share}, "areas")
     return result
 
 

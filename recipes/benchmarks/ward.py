@@ -729,12 +729,15 @@ def read_record(file: Path, size: Size) -> dict:
             file, record["environment"], dict.fromkeys(("device", "torch", "command"), str), "environment"
         )
     common.check_form(file, record["encoders"], {str: {**RUN, "untrained": MEASURES}}, "encoders")
+    common.check_form(file, record.setdefault("longer", {}), {str: {**RUN, "losses": list}}, "longer")
     keys = ["clean", *(key_of(*fault) for fault in size.shares)]
-    for group, tests in (("search", ["clean"]), ("results", keys)):
+    every = RUN | {"tests": {str: MEASURES, **dict.fromkeys([*keys, *map(rejecting, rejected(keys))], MEASURES)}}
+    for group in ("search", "results"):
         common.check_form(file, record[group], {str: {str: dict}}, group)
-        done = {n: {s: run for s, run in of.items() if "failed" not in run} for n, of in record[group].items()}
-        form = {**RUN, "tests": {str: MEASURES, **{key: MEASURES for key in tests}}}
-        common.check_form(file, done, {str: {str: form}}, group)
+        for name, runs in record[group].items():
+            done = {split: run for split, run in runs.items() if "failed" not in run}
+            form = every if group == "results" and name in SHOWN else RUN
+            common.check_form(file, done, {str: form}, f"{group}[{name!r}]")
     return record
 
 
