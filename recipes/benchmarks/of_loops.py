@@ -2,8 +2,8 @@
 
 import argparse
 import copy
+import dataclasses
 import inspect
-import itertools
 import sys
 import tempfile
 import time
@@ -123,21 +123,21 @@ def train_command(args: argparse.Namespace) -> dict:
         accelerator = common.accelerator_of(args.device)
         settings = Settings(
             model=f"mean_{name}", size=size, identities=args.identities, clip_length=args.frames, warmup=0.0,
-            epochs=args.repeats + 1, workers=args.workers, eval_untrained=False, save_every=10**9,
+            workers=args.workers, eval_untrained=False, save_every=10**9,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             job = train.prepare(Path(folder), dataset, settings, accelerator, False)
             job.loader.batch_sampler.sampler.set_epoch(0)
             batches = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in job.loader]
-            bare_loop(job, batches, args)  # warms up
-            # Before and after, because a machine's speed drifts.
-            bare = [bare_loop(job, batches, args) for _ in range(args.repeats)]
-            train.run_epochs(job)
-            bare += [bare_loop(job, batches, args) for _ in range(args.repeats)]
-        ends = [entry["train_seconds"] for entry in job.progress["history"]]
-        ours = [1000 * (end - start) / len(batches) for start, end in itertools.pairwise(ends)]
+            bare, ours = [], []
+            for epoch in range(args.repeats + 1):  # in turns, because a machine's speed drifts; the first warms up
+                bare.append(bare_loop(job, batches, args))
+                job.settings = dataclasses.replace(settings, epochs=epoch + 1)
+                before = job.progress["seconds"]
+                train.run_epochs(job)
+                ours.append(1000 * (job.progress["seconds"] - before) / len(batches))
         frames = 2 * args.identities * args.frames
-        rows.append(row_of(f"mean_{name} {size}", {"ours": ours, "bare": bare}, frames=frames))
+        rows.append(row_of(f"mean_{name} {size}", {"ours": ours[1:], "bare": bare[1:]}, frames=frames))
     result = result_of("train", args, rows)
     print(heading(result))
     lines = [["", "a step, ms", "of a bare loop, ms", "speed of the bare loop"]]
