@@ -63,8 +63,7 @@ def run(main: Callable[[], object], goes_on: str = "the same command goes on") -
 def keep_memory() -> None:
     """Lets this process keep the memory that it frees, where the C library is glibc (Linux).
 
-    It otherwise gives every large block back to the system, and the next step of a training gets it page by page again:
-    half of a step's time on a CPU (72 frames of 128x64 through MobileNetV2, forward and backward: 0.91 s, or 0.51 s).
+    It otherwise gives every large block back to the system, and the next step of a training gets it page by page again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
