@@ -311,6 +311,13 @@ def summary(metrics: retrieval.RetrievalMetrics) -> dict:
     return result
 
 
+def tested(model, dataset: data.TrackletData, accelerator, *options) -> tuple[dict, Tensor]:
+    """What a model reaches by the data set's protocol and its own distance; and the gallery's embeddings. Options are
+    those of :func:`embed`."""
+    queries, gallery = embed_test(model, dataset, accelerator, *options)
+    return summary(score(retrieval.distances(queries, gallery, model.clip.distance), dataset)), gallery
+
+
 def cell(values: Sequence[float]) -> str:
     """Per cent; several values as mean and standard deviation."""
     percent = 100 * np.array(values)

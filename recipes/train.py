@@ -39,14 +39,14 @@ import accelerate
 import common
 import numpy as np
 import torch
-from common import cell, draw, embed_test, layout, score, start_workers, summary, write_json, write_tensors, write_text
+from common import cell, draw, layout, start_workers, tested, write_json, write_tensors, write_text
 from settings import DEFAULTS, NOT_COMPARED, Settings, names_of, parse, stages_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import temporal_agg
-from temporal_agg import data, plot, retrieval
+from temporal_agg import data, plot
 from temporal_agg.aggregators import create_criterion, registry_entry
 from temporal_agg.files import replace_file, sweep
 
@@ -328,9 +328,7 @@ class Training:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         options = (self.settings.frames_per_batch, self.shows_progress)
-        queries, gallery = embed_test(self.model, self.dataset, self.accelerator, *options)
-        distances = retrieval.distances(queries, gallery, self.model.clip.distance)
-        return summary(score(distances, self.dataset)), gallery
+        return tested(self.model, self.dataset, self.accelerator, *options)
 
 
 def prepare(directory: Path, dataset: data.TrackletData, settings: Settings, accelerator, bars: bool) -> Training:

@@ -227,9 +227,8 @@ class FrameRunner:
                 "torch."
             )
         pixels = math.prod(self.model.data_config["input_size"][-2:])
-        few = max(CPU_PASS, torch.get_num_threads(), CPU_PIXELS // pixels)
-        few = few if self.device.type == "cpu" else sys.maxsize
-        self.size = min(self.frames_per_batch, few)
+        on_cpu = max(CPU_PASS, torch.get_num_threads(), CPU_PIXELS // pixels)
+        self.size = min(self.frames_per_batch, on_cpu if self.device.type == "cpu" else sys.maxsize)
         known = self.device.type in ("cpu", "cuda")
         self.memory_format = fastest_memory_format(self.model.encoder) if known else torch.contiguous_format
 

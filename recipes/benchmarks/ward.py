@@ -39,14 +39,14 @@ import comparison
 import numpy as np
 import torch
 import train
-from common import draw, embed_test, score, summary, write_json, write_text
+from common import draw, tested, write_json, write_text
 from comparison import Variant, interval, markdown, signed
 from settings import Settings
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images
 
 import temporal_agg
-from temporal_agg import data, retrieval
+from temporal_agg import data
 from temporal_agg.files import read_json
 
 
@@ -102,10 +102,12 @@ CONTROLS = {
 }
 # The common start as it is, tested with the mean and with the robust mean: nothing is trained.
 STILL = {"start": POOLINGS["mean"], "start: robust": POOLINGS["robust"]}
-SHOWN = {**STILL, **POOLINGS, **SYSTEMS}  # in the main tables, with every test
-VARIANTS = {**POOLINGS, **SYSTEMS, **SAME_LOSS, **CONTROLS, **STILL}
+SEARCHED = {**POOLINGS, **SYSTEMS}  # each with its own loss
+SHOWN = {**STILL, **SEARCHED}  # in the main tables, with every test
+VARIANTS = {**SEARCHED, **SAME_LOSS, **CONTROLS, **STILL}
+LONGER = 3  # times the steps, on the split of the search,
+TRAINED_LONGER = (REFERENCE, *SYSTEMS)  # of these
 ENCODER, STAGE = "encoder", "gltr: stage 1"
-LONGER = 3  # times the steps, on the split of the search, for the mean and each system with its own loss
 STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
     ENCODER: Variant("mean", {}, "baseline"),
     STAGE: Variant("gltr", {"dtp": False, "tsa": False}, "gltr"),
@@ -297,8 +299,7 @@ def measure(job: train.Training, tests: dict[str, data.TrackletData], start: flo
         again = {rejecting(key): key for key in rejected(tests)}
         for key in (*tests, *again):
             test = tests[again.get(key, key)]
-            queries, gallery = embed_test(job.model, test, job.accelerator, 256, job.shows_progress, key in again)
-            found = summary(score(retrieval.distances(queries, gallery, job.model.clip.distance), test))
+            found, gallery = tested(job.model, test, job.accelerator, 256, job.shows_progress, key in again)
             metrics["tests"][key] = {"map": found["map"], "rank1": found["rank1"]}
             first = first or (found, gallery)
     assert first is not None
@@ -366,7 +367,7 @@ def run_all(
         (name, size.search, rate)
         for name in names
         for rate in range(len(size.rates))
-        if name in {**POOLINGS, **SYSTEMS} and str(rate) not in search.get(name, {})
+        if name in SEARCHED and str(rate) not in search.get(name, {})
     ]
     if wanted:
         wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
@@ -376,11 +377,11 @@ def run_all(
         else:
             search.setdefault(result["variant"], {})[str(result["rate"])] = result
         keep(result)
-    longer = record.setdefault("longer", {})
+    longer = record["longer"]
     wanted = [
         (name, size.search, best(search, name), LONGER)
         for name in names
-        if name in {REFERENCE: None, **SYSTEMS} and name not in longer
+        if name in TRAINED_LONGER and name not in longer
     ]
     for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
         longer[result["variant"]] = result
@@ -512,7 +513,7 @@ def search_table(record: dict, names: Sequence[str]) -> str:
 
 def longer_table(record: dict) -> str:
     rows = []
-    for name, result in record.get("longer", {}).items():
+    for name, result in record["longer"].items():
         short = record["search"][name][str(result["rate"])]
         cells = [f"{100 * of['tests']['clean']['map']:.1f}" if "tests" in of else "failed" for of in (short, result)]
         rows.append([name, *cells, *(f"{of['losses'][-1]:.2f}" if "losses" in of else "" for of in (short, result))])
@@ -598,21 +599,21 @@ is its other half.
     device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
     search = search_table(record, names)
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
-    if record.get("longer"):
+    if record["longer"]:
         search += f"\n## More steps\n\nOn split {size['search']}, each with its own loss.\n\n{longer_table(record)}\n"
     count = len(size["splits"])
     if not splits:
         state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
         return f"{intro}\n{state}\n{search}\n{device}"
-    table = rejection_table(variants, keys)
-    rejection = f"""
+    rejection = rejection_table(variants, keys)
+    if rejection:
+        rejection = f"""
 ## Foreign frames rejected
 
 mAP with `outlier_mask` before the aggregator, which is trained as before and has never met it; and what that gains.
 
-{table}
+{rejection}
 """
-    rejection = rejection if table else ""
     return f"""{intro}
 **{len(splits)} of {count} splits are whole** ({", ".join(map(str, splits))}). mAP and rank-1 in %, mean ± half of the
 95 % confidence interval over these splits (Student's t); differences are paired, split by split. The splits share their
@@ -718,7 +719,7 @@ def read_record(file: Path, size: Size) -> dict:
         for key, v in wanted.items()
     }
     if not file.exists():
-        return {"size": wanted, "environment": {}, "encoders": {}, "search": {}, "results": {}}
+        return {"size": wanted, "environment": {}, "encoders": {}, "search": {}, "longer": {}, "results": {}}
     record = read_json(file)
     common.check_form(file, record, dict.fromkeys(("size", "environment", "encoders", "search", "results"), dict))
     if record["size"] != wanted:

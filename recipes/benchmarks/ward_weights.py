@@ -19,16 +19,15 @@ import common
 import numpy as np
 import train
 import ward
-from common import METRICS, embed_test, score, summary
+from common import METRICS, tested
 from torch import Tensor
 
 import temporal_agg
-from temporal_agg import data, retrieval
+from temporal_agg import data
 
 
 def reached(model: temporal_agg.TrackletModel, dataset: data.TrackletData, accelerator) -> dict[str, float]:
-    queries, gallery = embed_test(model, dataset, accelerator)
-    found = summary(score(retrieval.distances(queries, gallery, model.clip.distance), dataset))
+    found, _ = tested(model, dataset, accelerator)
     return {key: found[key] for key in METRICS}
 
 
@@ -37,23 +36,19 @@ def of_halves(runs: list[dict]) -> dict[str, float]:
 
 
 def measure(
-    job: train.Training, name: str, record: dict, unseen: data.TrackletData, about: str, weights: str
+    job: train.Training, name: str, record: dict, unseen: data.TrackletData, about: str, imagenet: dict[str, float]
 ) -> tuple[dict, Tensor]:
     """What metrics.json holds, and the embeddings of some of the people that it was trained on, to check copies by."""
-    size = record["size"]
-    halves = [split for split in size["splits"] if str(split) in record["results"][name]]
+    halves = [split for split in record["size"]["splits"] if str(split) in record["results"][name]]
     runs = [record["results"][name][str(split)] for split in halves]
     encoders = [record["encoders"][str(split)]["untrained"] for split in halves]
-    imagenet = temporal_agg.create_model(
-        f"mean_{size['backbone']}", img_size=tuple(size["size"]), backbone_weights=weights
-    ).eval()
     metrics = of_halves(runs) | {
         "cmc": [],
         "measured": f"models like this one, each on the half of WARD that it has not seen ({len(halves)} halves)",
         "others": {
             "ImageNet's weights and mean pooling, the same halves": of_halves(encoders),
             f"this model, {about}": reached(job.model, unseen, job.accelerator),
-            f"ImageNet's weights and mean pooling, {about}": reached(imagenet, unseen, job.accelerator),
+            f"ImageNet's weights and mean pooling, {about}": imagenet,
         },
         "protocol": (
             f"WARD, random halves {', '.join(map(str, halves))} of its 70 people, one to train on and the other one to "
@@ -61,14 +56,13 @@ def measure(
             f"average precision in step form, {job.model.clip.distance} distance"
         ),
     }
-    seen = temporal_agg.embed_tracklets(job.model, job.dataset.train[:16], progress=False)
-    return metrics, seen
+    return metrics, embedded(job)
 
 
 def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[Path]:
     size = size or ward.Size()
     parser = common.parser_of(__doc__ or "")
-    parser.add_argument("names", help="some of: " + ", ".join([*ward.POOLINGS, *ward.SYSTEMS]))
+    parser.add_argument("names", help="some of: " + ", ".join(ward.SEARCHED))
     parser.add_argument("--root", required=True, help="the clone of the data, or the folder of its images")
     parser.add_argument("--backbone-weights", required=True, help="ImageNet's, for timm's mobilenetv2_100")
     parser.add_argument("--out", type=Path, default=Path("runs/ward"), help="of the run directories")
@@ -78,8 +72,8 @@ def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[P
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     names = [name.strip() for name in args.names.split(",")]
-    if unknown := sorted(set(names) - {*ward.POOLINGS, *ward.SYSTEMS}):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join([*ward.POOLINGS, *ward.SYSTEMS])}")
+    if unknown := sorted(set(names) - set(ward.SEARCHED)):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(ward.SEARCHED)}")
     places = []
     with common.one_line("ward_weights.py"):
         record = ward.read_record(args.results / "ward.json", size)
@@ -90,11 +84,12 @@ def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[P
         plan = ward.Plan(size, args.root, args.backbone_weights, args.out, args.device)
         accelerator = common.accelerator_of(args.device)
         everybody = ward.split_of(args.root, size, None)
+        start = {"img_size": size.size, "backbone_weights": args.backbone_weights}
+        imagenet = reached(temporal_agg.create_model(f"mean_{size.backbone}", **start), unseen, accelerator)
         for name in names:
             rate = ward.best(record["search"], name)
-            of = functools.partial(
-                measure, name=name, record=record, unseen=unseen, about=args.about, weights=args.backbone_weights
-            )
+            about = {"name": name, "record": record, "unseen": unseen, "about": args.about, "imagenet": imagenet}
+            of = functools.partial(measure, **about)
             for part in dict.fromkeys([ward.ENCODER, ward.start_of(name), name]):
                 place = ward.place(plan, part, None, rate)
                 settings = ward.settings_of(plan, part, None, rate)
@@ -107,8 +102,12 @@ def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[P
 
 def nothing(job: train.Training) -> tuple[dict, Tensor]:
     """Of what systems start from."""
-    seen = temporal_agg.embed_tracklets(job.model, job.dataset.train[:16], progress=False)
-    return {**dict.fromkeys(METRICS, 0.0), "cmc": []}, seen
+    return {**dict.fromkeys(METRICS, 0.0), "cmc": []}, embedded(job)
+
+
+def embedded(job: train.Training) -> Tensor:
+    """Some of those that it was trained on."""
+    return temporal_agg.embed_tracklets(job.model, job.dataset.train[:16], progress=False)
 
 
 if __name__ == "__main__":
