@@ -70,10 +70,10 @@ POOLINGS = {  # of frame vectors [N, T, C] with a mask
 
 
 def see(model: temporal_agg.TrackletModel, tracklets: Sequence) -> list[Tensor]:
-    """The vectors ``[T, C]`` of each tracklet's frames."""
+    """The vectors ``[T, C]`` of each tracklet's frames, on the CPU."""
     runner = FrameRunner(model, frames_per_batch=64)
     with runner.running():
-        features = [runner(runner.transform.resize(t.load(range(len(t)))))[0].float() for t in tracklets]
+        features = [runner(runner.transform.resize(t.load(range(len(t)))))[0].float().cpu() for t in tracklets]
         return [x.mean((2, 3)) if x.dim() == 4 else x.clone() for x in features]
 
 

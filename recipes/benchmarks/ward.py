@@ -25,6 +25,7 @@ import functools
 import hashlib
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Size:
     size: tuple[int, int] = (128, 64)
     frames: int = 6  # of a clip
     identities: int = 6  # in a batch, two clips each
-    epochs: int = 11  # of the variants: 66 batches
+    epochs: int = 20  # of the variants: 120 batches
     encoder_epochs: int = 67  # 201 batches of 96 single frames
     encoder_lr: float = 3e-4
     # Learning rate of the encoder, and how many times that all that is new has.
@@ -68,6 +69,7 @@ class Size:
     shares: tuple[tuple[str, float], ...] = (("foreign", 0.2), ("foreign", 0.3), ("occlusion", 0.3), ("bad boxes", 0.3))
     search: int = 0  # the split of the learning rates
     splits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    seed: int = 0  # of everything that is drawn but the splits and the faults
 
 
 # Behind a BatchNorm a margin of 0.3 in Euclidean distance is met from the first step on; in cosine distance it is not.
@@ -101,11 +103,16 @@ CONTROLS = {
     "mean: gltr_released's loss": Variant("mean", {}, "gltr_released"),
 }
 # The common start as it is, tested with the mean and with the robust mean: nothing is trained.
-STILL = {"start": POOLINGS["mean"], "start: robust": POOLINGS["robust"]}
+START = "start"
+STILL = {START: POOLINGS["mean"], f"{START}: robust": POOLINGS["robust"]}
 SEARCHED = {**POOLINGS, **SYSTEMS}  # each with its own loss
 SHOWN = {**STILL, **SEARCHED}  # in the main tables, with every test
 VARIANTS = {**SEARCHED, **SAME_LOSS, **CONTROLS, **STILL}
-LONGER = 3  # times the steps, on the split of the search,
+REASONS = {  # why a system ends where it ends, with --reasons: the clean test alone
+    **{f"{START}: {name}": variant for name, variant in SYSTEMS.items()},  # its new layers as they are drawn
+    "gsta: no pyramid term": dataclasses.replace(SYSTEMS["gsta"], criterion_options={"pyramid_weight": 0.0}),
+}
+LONGER = 3  # times the steps, with --longer,
 TRAINED_LONGER = (REFERENCE, *SYSTEMS)  # of these
 ENCODER, STAGE = "encoder", "gltr: stage 1"
 STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
@@ -218,7 +225,7 @@ def settings_of(plan: Plan, name: str, split: int | None, rate: int, longer: int
         longer: times the steps.
     """
     size = plan.size
-    variant, single = {**VARIANTS, **STARTS}[name], name in STARTS
+    variant, single = {**VARIANTS, **REASONS, **STARTS}[name], name in STARTS
     (lr, factor), epochs = size.rates[rate], size.epochs
     if name == ENCODER:
         (lr, factor), epochs = (size.encoder_lr, 1.0), size.encoder_epochs
@@ -237,11 +244,11 @@ def settings_of(plan: Plan, name: str, split: int | None, rate: int, longer: int
         clip_length=1 if single else size.frames,
         identities=size.identities * (2 if single else 1),
         clips=8 if single else 2,
-        epochs=0 if name in STILL else longer * epochs,
+        epochs=0 if name.startswith(START) else longer * epochs,
         lr=lr,
         head_lr_factor=factor,
         lr_factors={f"encoder.backbone.{part}": 0.0 for part in size.frozen},
-        seed=split or 0,
+        seed=1000 * size.seed + (split or 0),
         eval_untrained=name == ENCODER and split is not None,
         save_every=0 if name == ENCODER else 10**6,
         keep=1,
@@ -249,8 +256,13 @@ def settings_of(plan: Plan, name: str, split: int | None, rate: int, longer: int
     )
 
 
+def system_of(name: str) -> str:
+    """Whose variant it is."""
+    return name.removeprefix(f"{START}: ").partition(":")[0]
+
+
 def start_of(name: str) -> str:
-    return STAGE if name != STAGE and VARIANTS[name].model == STARTS[STAGE].model else ENCODER
+    return STAGE if name != STAGE and {**VARIANTS, **REASONS}[name].model == STARTS[STAGE].model else ENCODER
 
 
 def place(plan: Plan, name: str, split: int | None, rate: int, longer: int = 1) -> Path:
@@ -267,7 +279,7 @@ def remembering(model: Any) -> Iterator[None]:
     encode = model.encode_frames
 
     def remembered(frames: Tensor, flow: Tensor | None = None) -> Tensor:
-        keys = [hashlib.blake2b(frame.cpu().numpy().tobytes(), digest_size=16).digest() for frame in frames]
+        keys = [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames.cpu().numpy()]
         new = {key: i for i, key in enumerate(keys) if key not in known}
         if new:
             known.update(zip(new, encode(frames[list(new.values())]), strict=True))
@@ -314,7 +326,7 @@ def run(plan: Plan, name: str, split: int, rate: int, longer: int = 1) -> dict:
         run(plan, start_of(name), split, rate)
     dataset = split_of(plan.root, plan.size, split)
     tests = {"clean": dataset}
-    if name in SHOWN and split != plan.size.search:
+    if name in SHOWN and split != plan.size.search and longer == 1:
         tests = tests_of(plan.root, plan.size, split)
     job = {"variant": name, "split": split, "rate": rate, **({"longer": longer} if longer > 1 else {})}
     evaluate = functools.partial(measure, tests=tests, start=time.process_time())
@@ -355,57 +367,76 @@ KEPT = (
 
 
 def run_all(
-    plan: Plan, record: dict, names: Sequence[str], splits: Sequence[int], jobs: int, keep: Callable[[dict], None]
+    plan: Plan,
+    record: dict,
+    names: Sequence[str],
+    splits: Sequence[int],
+    jobs: int,
+    longer: bool,
+    keep: Callable[[dict], None],
 ) -> None:
-    """The search, longer trainings there, then split by split.
+    """The encoders and the search, then split by split, then the longer trainings.
 
-    ``record`` gets what is measured, and ``keep`` is called with each new measure. The encoder of the next split comes
-    before the variants of this one, so that no process waits for it.
+    ``record`` gets what is measured, and ``keep`` is called with each new measure.
     """
     size, search, results = plan.size, record["search"], record["results"]
-    wanted = [
+    encoders = [split for split in (size.search, *splits) if str(split) not in record["encoders"]]
+    wanted = [(ENCODER, split, 0) for split in encoders]
+    wanted += [
         (name, size.search, rate)
         for name in names
         for rate in range(len(size.rates))
         if name in SEARCHED and str(rate) not in search.get(name, {})
     ]
-    if wanted:
-        wanted = [(ENCODER, size.search, 0), *((ENCODER, split, 0) for split in splits[:1]), *wanted]
     for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
         if result["variant"] == ENCODER:
             record["encoders"][str(result["split"])] = result
         else:
             search.setdefault(result["variant"], {})[str(result["rate"])] = result
         keep(result)
-    longer = record["longer"]
     wanted = [
-        (name, size.search, best(search, name), LONGER)
-        for name in names
-        if name in TRAINED_LONGER and name not in longer
-    ]
-    for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
-        longer[result["variant"]] = result
-        keep(result)
-    wanted = []
-    missing = [
-        [(name, split, best(search, name)) for name in names if str(split) not in results.get(name, {})]
+        (name, split, best(search, name))
         for split in splits
+        for name in names
+        if str(split) not in results.get(name, {})
     ]
-    missing = [of_split for of_split in missing if of_split]
-    for i, of_split in enumerate(missing):
-        encoders = [(ENCODER, ahead[0][1], 0) for ahead in (missing[:2] if i == 0 else missing[i + 1 : i + 2])]
-        wanted += [*encoders, *of_split]
     for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
-        group = record["encoders"] if result["variant"] == ENCODER else results.setdefault(result["variant"], {})
-        group[str(result["split"])] = result
+        results.setdefault(result["variant"], {})[str(result["split"])] = result
         keep(result)
+    wanted = [
+        (name, split, best(search, name), LONGER)
+        for split in splits
+        for name in names
+        if longer and name in TRAINED_LONGER and str(split) not in record["longer"].get(name, {})
+    ]
+    for result in comparison.run_jobs(run, [(plan, *job) for job in wanted], jobs):
+        record["longer"].setdefault(result["variant"], {})[str(result["split"])] = result
+        keep(result)
+
+
+def step_times(plan: Plan, name: str, repeats: int = 5) -> list[float]:
+    """Milliseconds of single steps of a variant's training, on noise."""
+    print(f"time: {name}", file=sys.stderr, flush=True)
+    size, times = plan.size, []
+    frames = np.random.default_rng(0).integers(0, 256, (2 * size.identities, size.frames, *size.size, 3), np.uint8)
+    clips = [data.Tracklet(list(clip), i // 2, i % 2, str(i)) for i, clip in enumerate(frames)]
+    settings = dataclasses.replace(settings_of(plan, name, size.search, 0), init="", warmup=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = data.TrackletData(clips, clips[:2], clips[:2], name="noise")
+        job = train.prepare(Path(folder), dataset, settings, common.accelerator_of(plan.device), False)
+        for epoch in range(repeats + 1):  # of one step each; the first one warms up
+            job.settings = dataclasses.replace(settings, epochs=epoch + 1)
+            before = job.progress["seconds"]
+            train.run_epochs(job)
+            times.append(round(1000 * (job.progress["seconds"] - before), 1))
+    return times[1:]
 
 
 def best(search: dict, name: str) -> int:
-    """The rate with the highest mAP on the split of the search; whatever the loss."""
+    """The rate with the highest mAP on the split of the search, of the variant's model with its own loss."""
     found = {
         int(rate): result["tests"]["clean"]["map"]
-        for rate, result in search.get(name.partition(":")[0], {}).items()
+        for rate, result in search.get(system_of(name), {}).items()
         if "tests" in result
     }
     return max(found, key=lambda rate: (found[rate], -rate)) if found else 0
@@ -427,7 +458,6 @@ def gather(record: dict, names: Sequence[str]) -> tuple[list[int], dict]:
         variants[name] = {
             key: runs[0][key] for key in ("criterion", "distance", "aggregator_parameters", "num_features")
         }
-        variants[name]["processor_seconds"] = float(np.mean([run["processor_seconds"] for run in runs]))
         for metric in ("map", "rank1"):
             variants[name][metric] = {key: [run["tests"][key][metric] for run in runs] for key in runs[0]["tests"]}
     return splits, variants
@@ -438,6 +468,18 @@ def gap(variants: dict, name: str, other: str, key: str = "clean", metric: str =
     if name not in variants or other not in variants or name == other:
         return ""
     return signed(*comparison.difference(variants, name, other, key, metric))
+
+
+def reasons_table(record: dict) -> str:
+    """What the systems are before anything of theirs is trained, and without what may hold them back."""
+    systems = {name: system_of(name) for name in REASONS if name in record["results"]}
+    splits, variants = gather(record, [START, *systems, *systems.values()]) if systems else ([], {})
+    rows = []
+    for name, system in systems.items() if splits else ():
+        row = [name, comparison.measured(variants, name, "clean"), gap(variants, name, START)]
+        rows.append([*row, gap(variants, system, name)])
+    head = ["", "mAP", f"minus {START}", "the trained system minus this"]
+    return f"On splits {', '.join(map(str, splits))}.\n\n{markdown(head, rows)}" if rows else ""
 
 
 def main_table(variants: dict, keys: Sequence[str]) -> str:
@@ -485,15 +527,13 @@ def loss_table(variants: dict) -> str:
     return markdown([*head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
 
 
-def cost_table(variants: dict) -> str:
+def cost_table(record: dict, variants: dict) -> str:
     rows = []
     for name in [name for name in (*POOLINGS, *SYSTEMS) if name in variants]:
-        own = variants[name]
-        numbers = (f"{own['processor_seconds']:.0f}", f"{own['aggregator_parameters']:,}", str(own["num_features"]))
-        rows.append([name, *numbers, own["distance"]])
-    return markdown(
-        ["", "seconds of training", "parameters of the aggregator", "numbers in an embedding", "distance"], rows
-    )
+        own, steps = variants[name], record["steps"].get("ms", {}).get(name)
+        numbers = (f"{own['aggregator_parameters']:,}", str(own["num_features"]), own["distance"])
+        rows.append([name, f"{np.median(steps):.0f}" if steps else "", *numbers])
+    return markdown(["", "a step, ms", "parameters of the aggregator", "numbers in an embedding", "distance"], rows)
 
 
 def search_table(record: dict, names: Sequence[str]) -> str:
@@ -512,12 +552,28 @@ def search_table(record: dict, names: Sequence[str]) -> str:
 
 
 def longer_table(record: dict) -> str:
+    """Short and long trainings of the splits on which all were trained for longer; differences are paired."""
+    longer, short = record["longer"], record["results"]
+    names = [name for name in TRAINED_LONGER if name in longer and name in short]
+    runs = {name: [longer[name].get(str(s), {}) for s in record["size"]["splits"]] for name in names}
+    whole = [i for i in range(len(record["size"]["splits"])) if all("tests" in runs[name][i] for name in names)]
+    splits = [str(record["size"]["splits"][i]) for i in whole]
+    both: dict[str, dict] = {}
+    for name in names if splits else ():
+        of = {"short": [short[name][s] for s in splits], "longer": [longer[name][s] for s in splits]}
+        both[name] = {
+            "map": {key: [run["tests"]["clean"]["map"] for run in runs] for key, runs in of.items()},
+            "loss": {key: float(np.mean([run["losses"][-1] for run in runs])) for key, runs in of.items()},
+        }
     rows = []
-    for name, result in record["longer"].items():
-        short = record["search"][name][str(result["rate"])]
-        cells = [f"{100 * of['tests']['clean']['map']:.1f}" if "tests" in of else "failed" for of in (short, result)]
-        rows.append([name, *cells, *(f"{of['losses'][-1]:.2f}" if "losses" in of else "" for of in (short, result))])
-    return markdown(["", "mAP", f"{LONGER} times the steps", "last loss", f"{LONGER} times the steps"], rows)
+    for name, own in both.items():
+        gain = signed(*interval(np.subtract(own["map"]["longer"], own["map"]["short"])))
+        row = [name, *(comparison.measured(both, name, key) for key in ("short", "longer")), gain]
+        row += [gap(both, name, REFERENCE, key) for key in ("short", "longer")]
+        rows.append([*row, *(f"{own['loss'][key]:.2f}" for key in ("short", "longer"))])
+    times = f"{LONGER} times the steps"
+    head = ["", "mAP", times, "gain", f"minus {REFERENCE}", f"minus {REFERENCE}, {times}", "last loss", times]
+    return f"On splits {', '.join(splits)}, each with its own loss.\n\n{markdown(head, rows)}" if rows else ""
 
 
 def said(variants: dict, keys: Sequence[str]) -> str:
@@ -574,7 +630,7 @@ def before(record: dict) -> str:
 
 
 def text(record: dict, names: Sequence[str]) -> str:
-    size, environment = record["size"], record["environment"]
+    size = record["size"]
     splits, variants = gather(record, names)
     height, width = size["size"]
     people = 35
@@ -596,15 +652,18 @@ first stage of its own on top, for the embedding of its frames. What is not call
 cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta`
 is its other half.
 """
-    device = "{device}, torch {torch}. `python {command}`\n".format(**environment) if environment else ""
+    devices = "\n".join("{device}, torch {torch}. `python {command}`".format(**of) for of in record["environments"])
+    of_steps = ", on {device}, {threads} threads".format(**record["steps"]) if record["steps"] else ""
     search = search_table(record, names)
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
-    if record["longer"]:
-        search += f"\n## More steps\n\nOn split {size['search']}, each with its own loss.\n\n{longer_table(record)}\n"
+    if reasons := reasons_table(record):
+        search = f"\n## Before and without\n\n{reasons}\n{search}"
+    if longer := longer_table(record):
+        search = f"\n## More steps\n\n{longer}\n{search}"
     count = len(size["splits"])
     if not splits:
         state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
-        return f"{intro}\n{state}\n{search}\n{device}"
+        return f"{intro}\n{state}\n{search}\n{devices}\n"
     rejection = rejection_table(variants, keys)
     if rejection:
         rejection = f"""
@@ -644,11 +703,13 @@ over half of it (occlusion), or the box off its person (bad boxes).
 {rejection}
 ## What it costs
 
-Seconds of one core for the {batches} batches, GLTR's first stage not counted.
+A step is forward, loss, backward and optimiser for {clips} clips, the backbone's part included{of_steps}. Time and
+memory of the aggregators alone, on larger maps: the page on speed.
 
-{cost_table(variants)}
+{cost_table(record, variants)}
 {search}
-{device}"""
+{devices}
+"""
 
 
 def figure(record: dict, names: Sequence[str]):
@@ -682,10 +743,16 @@ def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
     parser.add_argument("--root", help="the clone of the data, or the folder of its images")
     parser.add_argument("--backbone-weights", default="", help="ImageNet's, for timm's mobilenetv2_100")
     parser.add_argument("--splits", default="", help="some of: 1,2,...,9; default: all")
+    parser.add_argument("--longer", action="store_true", help=f"train systems {LONGER} times as long, too")
+    text = "try what may hold the systems back, too: " + ", ".join(REASONS)
+    parser.add_argument("--reasons", action="store_true", help=text)
+    parser.add_argument("--steps", action="store_true", help="time a step of each, on a quiet machine, and no more")
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings; each wants its own --out and --results")
     parser.add_argument("--tables", action="store_true", help="write tables and figure of ward.json, train nothing")
     comparison.add_arguments(parser, "ward", list(VARIANTS))
     args = parser.parse_args(argv)
     comparison.check_arguments(parser, args, list(VARIANTS))
+    args.only += REASONS if args.reasons else []
     known = [str(split) for split in (size or Size()).splits]
     asked = [split.strip() for split in args.splits.split(",") if split.strip()] or known
     if not set(asked) <= set(known):
@@ -719,21 +786,21 @@ def read_record(file: Path, size: Size) -> dict:
         for key, v in wanted.items()
     }
     if not file.exists():
-        return {"size": wanted, "environment": {}, "encoders": {}, "search": {}, "longer": {}, "results": {}}
+        parts = ("encoders", "search", "results", "longer", "steps")
+        return {"size": wanted, "environments": [], **{part: {} for part in parts}}
     record = read_json(file)
-    common.check_form(file, record, dict.fromkeys(("size", "environment", "encoders", "search", "results"), dict))
+    common.check_form(file, record, dict.fromkeys(("size", "encoders", "search", "results", "longer", "steps"), dict))
     if record["size"] != wanted:
         changed = [key for key in wanted if record["size"].get(key) != wanted[key]]
         raise ValueError(f"{file} was measured with other settings ({', '.join(changed)}): choose another --results.")
-    if record["environment"]:
-        common.check_form(
-            file, record["environment"], dict.fromkeys(("device", "torch", "command"), str), "environment"
-        )
+    common.check_form(file, record, {"environments": [dict.fromkeys(("device", "torch", "command"), str)]})
+    if record["steps"]:
+        common.check_form(file, record["steps"], {"device": str, "threads": int, "ms": {str: is_times}}, "steps")
     common.check_form(file, record["encoders"], {str: {**RUN, "untrained": MEASURES}}, "encoders")
-    common.check_form(file, record.setdefault("longer", {}), {str: {**RUN, "losses": list}}, "longer")
+    common.check_form(file, record["longer"], {str: {str: dict}}, "longer")
     keys = ["clean", *(key_of(*fault) for fault in size.shares)]
     every = RUN | {"tests": {str: MEASURES, **dict.fromkeys([*keys, *map(rejecting, rejected(keys))], MEASURES)}}
-    for group in ("search", "results"):
+    for group in ("search", "longer", "results"):
         common.check_form(file, record[group], {str: {str: dict}}, group)
         for name, runs in record[group].items():
             done = {split: run for split, run in runs.items() if "failed" not in run}
@@ -742,29 +809,41 @@ def read_record(file: Path, size: Size) -> dict:
     return record
 
 
+def is_times(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(common.is_number, value))
+
+
 def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
     size = size or Size()
     args = parse(sys.argv[1:] if argv is None else argv, size)
+    size = dataclasses.replace(size, seed=args.seed)
     with common.one_line("ward.py"):
         args.results.mkdir(parents=True, exist_ok=True)
         file = args.results / "ward.json"
         record = read_record(file, size)
         if not args.tables:
-            record["environment"] = {
-                **common.environment(common.accelerator_of(args.device).device),
-                "command": f"recipes/benchmarks/ward.py --root <clone> --backbone-weights <file> --jobs {args.jobs}",
-                "threads": comparison.threads(args.jobs),
-            }
+            device = common.accelerator_of(args.device).device
+            command = f"recipes/benchmarks/ward.py --root <clone> --backbone-weights <file> --jobs {args.jobs}"
+            about = {**common.environment(device), "command": command, "threads": comparison.threads(args.jobs)}
+            machine = [about[key] for key in ("device", "torch")]
+            if machine not in [[of[key] for key in ("device", "torch")] for of in record["environments"]]:
+                record["environments"].append(about)
 
             def keep(result: dict) -> None:
                 write_json(file, record)
                 report(result)
 
             plan = Plan(size, args.root, args.backbone_weights, args.out, args.device, args.jobs == 1)
-            run_all(plan, record, args.only, args.splits, args.jobs, keep)
-        write_text(args.results / "ward.md", text(record, args.only))
-        if gather(record, args.only)[0]:
-            draw(args.results / "ward.png", lambda: figure(record, args.only))
+            if args.steps:
+                times = {name: step_times(plan, name) for name in args.only if name in SEARCHED}
+                record["steps"] = {"device": about["device"], "threads": torch.get_num_threads(), "ms": times}
+                write_json(file, record)
+            else:
+                run_all(plan, record, args.only, args.splits, args.jobs, args.longer, keep)
+        names = [name for name in args.only if name in VARIANTS]
+        write_text(args.results / "ward.md", text(record, names))
+        if gather(record, names)[0]:
+            draw(args.results / "ward.png", lambda: figure(record, names))
     return record
 
 

@@ -117,7 +117,7 @@ class FrameEncoder(nn.Module):
                 f"{type(self.backbone).__name__} gave {list(maps.shape)} where maps [1, C, h, w] were expected: it "
                 "cannot be used as a frame encoder."
             )
-        _freeze_unreached(self.backbone, maps)
+        _drop_unreached(self.backbone, maps)
         self.num_features = maps.shape[1]
         self.data_config = {**_data_config(self.backbone), "input_size": (3, *size)}
         self.config: dict[str, Any] | None = None
@@ -431,8 +431,11 @@ def _data_config(backbone: nn.Module) -> dict[str, Any]:
     return {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
 
 
-def _freeze_unreached(backbone: nn.Module, maps: Tensor) -> None:
-    """Freezes the parameters that the graph of ``maps`` does not lead to."""
+def _drop_unreached(backbone: nn.Module, maps: Tensor) -> None:
+    """Takes out the modules that the graph of ``maps`` does not lead to, and freezes what else it does not.
+
+    A head that one version of timm leaves where another takes it out would be in the way of weights that travel.
+    """
     if maps.grad_fn is None:  # all are frozen already
         return
     reached: set[int] = set()
@@ -445,6 +448,10 @@ def _freeze_unreached(backbone: nn.Module, maps: Tensor) -> None:
         seen.add(node)
         reached.add(id(getattr(node, "variable", None)))
         nodes.extend(parent for parent, _ in node.next_functions)
+    for name, child in list(backbone.named_children()):
+        parameters = list(child.parameters())
+        if parameters and all(p.requires_grad and id(p) not in reached for p in parameters):
+            setattr(backbone, name, nn.Identity())
     for parameter in backbone.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)

@@ -235,6 +235,20 @@ def test_only_what_the_maps_do_not_need_is_frozen():
     assert frozen == {k for k, p in encoder.named_parameters() if p.grad is None} != set()
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "convnext_atto"])
+def test_a_head_is_taken_out_in_every_version_of_timm(name):
+    """Not all versions prune it, and weights would fit the version that saved them alone."""
+    encoder = FrameEncoder(name, img_size=SMALL).eval()
+    heads = ("conv_head", "bn2", "head", "classifier")
+    assert not [key for key in encoder.backbone.state_dict() if key.split(".")[0] in heads]
+    whole = timm.create_model(name, num_classes=0).eval()
+    extra = whole.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    assert not extra.unexpected_keys
+    x = frames(encoder)
+    (want,) = whole.forward_intermediates(x, indices=[-1], intermediates_only=True)
+    assert torch.equal(encoder(x), want)
+
+
 @torch.no_grad()
 def test_building_without_gradients_freezes_nothing():
     assert all(p.requires_grad for p in FrameEncoder("test_vit", img_size=SMALL).parameters())

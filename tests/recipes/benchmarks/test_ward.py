@@ -74,6 +74,13 @@ def finished(ward, tiny, argv):
 
 
 @pytest.fixture
+def results(ward, argv, finished, tmp_path):
+    """A copy of what was measured."""
+    shutil.copytree(ward.parse(argv).results, tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
 def two(finished):
     """The same with a second split, which nobody trained."""
     record = json.loads(json.dumps(finished))
@@ -115,10 +122,8 @@ def test_everybody_starts_from_the_encoder_of_the_split_and_gltr_from_its_first_
 
 
 def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
-    recipe, ward, tiny, argv, finished, tmp_path, monkeypatch
+    recipe, ward, tiny, argv, finished, results, monkeypatch
 ):
-    results = tmp_path / "results"
-    shutil.copytree(ward.parse(argv).results, results)
     record = json.loads((results / "ward.json").read_text())
     del record["results"]["start"]["1"]
     (results / "ward.json").write_text(json.dumps(record))
@@ -127,20 +132,55 @@ def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
         ward.train, "train", lambda directory, *rest: trained.append(directory) or train(directory, *rest)
     )
     again = ward.main([*argv, "--results", str(results)], tiny)
-    assert [directory.name for directory in trained] == ["encoder-split1", "start-split1-rate0"]
+    assert [directory.name for directory in trained] == ["start-split1-rate0"]
     assert again["results"] == finished["results"]
     with pytest.raises(SystemExit, match="other settings \\(epochs\\)"):
         ward.main([*argv, "--results", str(results)], dataclasses.replace(tiny, epochs=2))
 
 
-def test_systems_are_trained_longer_on_the_split_of_the_search(ward, argv, finished):
-    assert set(finished["longer"]) == {"mean", "gltr"}
-    assert len(finished["longer"]["gltr"]["losses"]) == 3 * len(finished["search"]["gltr"]["0"]["losses"]) == 3
-    table = ward.text(finished, NAMES).partition("## More steps")[2]
-    short, longer = (
-        of["tests"]["clean"]["map"] for of in (finished["search"]["gltr"]["0"], finished["longer"]["gltr"])
+def test_systems_are_trained_longer_where_that_is_asked_for(ward, tiny, argv, finished, two, results):
+    assert finished["longer"] == {}
+    longer = ward.main([*argv, "--longer", "--results", str(results)], tiny)["longer"]
+    assert set(longer) == {"mean", "gltr"}
+    assert len(longer["gltr"]["1"]["losses"]) == 3 * len(finished["results"]["gltr"]["1"]["losses"]) == 3
+    assert set(longer["gltr"]["1"]["tests"]) == {"clean"}
+    two["longer"] = longer
+    table = rows(ward.text(two, NAMES).partition("## More steps")[2])
+    of = {
+        name: [100 * run["tests"]["clean"]["map"] for run in (two["results"][name]["1"], longer[name]["1"])]
+        for name in longer
+    }
+    assert table["mean"][1:3] == [f"{value:.1f}" for value in of["mean"]]
+    assert table["gltr"][3] == f"{of['gltr'][1] - of['gltr'][0]:+.1f}"
+    assert table["gltr"][5] == f"{of['gltr'][1] - of['mean'][1]:+.1f}"
+
+
+def test_what_a_system_is_before_it_is_trained_stands_beside_what_it_becomes(ward, tiny, argv, results, monkeypatch):
+    monkeypatch.setattr(ward, "REASONS", {"start: gltr": ward.REASONS["start: gltr"]})
+    record = ward.main([*argv, "--reasons", "--results", str(results)], tiny)
+    got = record["results"]["start: gltr"]["1"]
+    assert set(got["tests"]) == {"clean"}
+    out = ward.parse(argv).out
+    before, stage = (
+        load_file(out / place / "model.safetensors")
+        for place in ("start-gltr-split1-rate0", "gltr-stage_1-split1-rate0")
     )
-    assert rows(table)["gltr"][1:3] == [f"{100 * short:.1f}", f"{100 * longer:.1f}"]
+    shared = [key for key in before if key in stage]
+    assert shared
+    assert all(before[key].equal(stage[key]) for key in shared)
+    table = rows((results / "ward.md").read_text().partition("## Before and without")[2])
+    trained, mean = (100 * record["results"][name]["1"]["tests"]["clean"]["map"] for name in ("gltr", "start"))
+    value = 100 * got["tests"]["clean"]["map"]
+    assert table["start: gltr"][1:] == [f"{value:.1f}", f"{value - mean:+.1f}", f"{trained - value:+.1f}"]
+
+
+def test_a_step_is_timed_and_nothing_is_trained(ward, tiny, argv, finished, results):
+    record = ward.main([*argv, "--steps", "--results", str(results)], tiny)
+    assert set(record["steps"]["ms"]) == {"mean", "gltr"}
+    assert all(len(times) == 5 and min(times) > 0 for times in record["steps"]["ms"].values())
+    assert {**record, "steps": {}} == json.loads(json.dumps(finished))
+    cells = rows((results / "ward.md").read_text().partition("## What it costs")[2])["gltr"]
+    assert cells[1] == f"{np.median(record['steps']['ms']['gltr']):.0f}"
 
 
 def test_what_rejecting_outliers_gains_is_paired(ward, two):
@@ -181,7 +221,7 @@ def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
     ("place", "value", "message"),
     [
         (["search"], [], "it has no 'search'"),
-        (["environment", "torch"], [2], r"environment\['torch'\] should be str, got 2"),
+        (["environments", 0, "torch"], [2], r"\['environments'\]\[0\]\['torch'\] should be str, got 2"),
         (["encoders", "1"], [[]], r"encoders\['1'\] should be dict, got \[\]"),
         (["encoders", "1", "untrained", "map"], [], r"encoders\['1'\]\['untrained'\] has no 'map'"),
         (["results", "mean"], ["x"], r"results\['mean'\] should be dict, got 'x'"),
@@ -205,7 +245,7 @@ def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     written = ward.text(two, NAMES)
     assert "not finite: gltr." in written
     assert "2 of 2" in written
-    assert written.count("| gltr |") == 2  # among the learning rates, and the longer trainings
+    assert written.count("| gltr |") == 1  # among the learning rates
 
 
 def test_what_contradicts_a_paper_is_said_with_what_the_controls_show(ward):
@@ -278,7 +318,7 @@ def test_every_variant_differs_from_every_other_and_is_built(recipe, ward, tiny,
     train = recipe("train")
     plan = ward.Plan(tiny, "somewhere", "", tmp_path)
     seen = []
-    for name in [*ward.VARIANTS, *ward.STARTS]:
+    for name in [*ward.VARIANTS, *ward.REASONS, *ward.STARTS]:
         settings = ward.settings_of(plan, name, 1, 0)
         model = train.build_model(settings)
         create_criterion(settings.criterion, 6, model, **settings.criterion_options)
