@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
@@ -16,7 +17,15 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
 
 TORCH: dict[str, type] = {"torch": str}
-ABOUT = {"device": str, "python": str, **TORCH, "timm": str, "numpy": str, "threads": int}  # what the page says
+ABOUT = {
+    "device": str,
+    "command": str,
+    "python": str,
+    **TORCH,
+    "timm": str,
+    "numpy": str,
+    "threads": int,
+}  # what the page says
 
 
 def read(file: Path, about: dict[str, type] = TORCH) -> dict[str, dict]:
@@ -117,9 +126,19 @@ TITLES = {
 }
 
 
-def page(parts: dict[str, dict]) -> str:
-    """The page in Markdown."""
+def kept_elsewhere(file: Path) -> list[dict[str, dict]]:
+    """What other machines measured: speed_*.json beside the file."""
+    return [read(other, ABOUT) for other in sorted(file.parent.glob(f"{file.stem}_*.json"))]
+
+
+def machine(parts: dict[str, dict]) -> str:
     about = next(iter(parts.values()))["environment"]
+    return """{device}, {threads} threads, Python {python}, torch {torch}, timm {timm},
+numpy {numpy}.""".format(**about)
+
+
+def page(parts: dict[str, dict], others: Sequence[dict[str, dict]] = ()) -> str:
+    """The page in Markdown."""
     loads = [result["environment"].get("load") for result in parts.values()]
     load = max((load for load in loads if load is not None), default=None)
     busy = "" if load is None else f" Load of the machine before a part began: at most {load:.1f}."
@@ -129,8 +148,7 @@ Made from `recipes/benchmarks/results/speed.json`, which `python recipes/benchma
 of one table comes from one run, in which what is compared takes turns. Ratios carry over to other machines, times do
 not.
 
-{about["device"]}, {about["threads"]} threads, Python {about["python"]}, torch {about["torch"]}, timm {about["timm"]},
-numpy {about["numpy"]}.{busy}
+{machine(parts)}{busy}
 
 ```bash
 python recipes/benchmarks/speed.py all --out mine.json
@@ -140,6 +158,10 @@ python recipes/benchmarks/speed.py compare recipes/benchmarks/results/speed.json
     for part, title in TITLES.items():
         if part in parts:
             text += f"\n## {title}\n\n{markdown(part, parts[part])}\n"
+    for i, other in enumerate(others):
+        text += ("\n## Other machines\n" if i == 0 else "") + f"\n{machine(other)}\n"
+        for part, result in other.items():
+            text += f"\n{TITLES[part]}:\n\n{markdown(part, result)}\n\n`{result['environment']['command']}`\n"
     return text
 
 

@@ -274,7 +274,8 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def page_command(args: argparse.Namespace) -> int:
-    page = results_of_speed.page(results_of_speed.read(args.results, results_of_speed.ABOUT))
+    parts = results_of_speed.read(args.results, results_of_speed.ABOUT)
+    page = results_of_speed.page(parts, results_of_speed.kept_elsewhere(args.results))
     if args.out.exists() and page.partition("\n")[0] != read_text(args.out).partition("\n")[0]:
         raise ValueError(f"--out would be written over, and is no such page: {args.out}.")
     common.write_text(args.out, page)
