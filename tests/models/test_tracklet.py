@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import small
 from torch import nn
 from versions import needs_exporter
 
@@ -18,7 +19,7 @@ def build(name, **kwargs):
 
 @pytest.fixture(params=list_aggregators())
 def model(request):
-    return build(request.param).eval()
+    return build(request.param, **small(request.param)).eval()
 
 
 def clips(model, B=2, T=None, seed=0):
