@@ -1,9 +1,16 @@
+import gc
+
 import pytest
 
 
 def pytest_pycollect_makemodule():
-    """Before the first test module; not in xdist's own process, which collects none and would import timm for nothing."""
+    """Before the first test module; xdist's own process has none, and no use for timm."""
     import versions  # noqa: F401  its stand-ins for models that an old timm lacks
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What several tests need: modules away from their initial values, gradients of all of an output, small aggregators and encoders."""
+"""What several tests need: small aggregators and encoders, weights away from initial values, gradients of outputs."""
 
 import torch
 from torch import nn

@@ -103,7 +103,6 @@ def test_impossible_sizes_are_errors():
     ("name", "expected"),
     [
         ("resnet18", torch.channels_last),
-        ("mobilenetv2_100", torch.channels_last),
         ("efficientnet_b0", torch.channels_last),
         ("convnext_tiny", torch.channels_last),
         ("vit_small_patch16_224", torch.contiguous_format),

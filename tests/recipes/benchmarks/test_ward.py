@@ -91,6 +91,7 @@ def rows(written):
     return {cells[0]: cells for cells in reversed(lines)}
 
 
+@pytest.mark.slow
 def test_the_record_holds_what_the_runs_reach(recipe, ward, argv, finished):
     """By evaluate.py, from the files on the disk, without the memory of frames."""
     args = ward.parse(argv)
@@ -104,6 +105,7 @@ def test_the_record_holds_what_the_runs_reach(recipe, ward, argv, finished):
     assert json.loads((args.results / "ward.json").read_text()) == json.loads(json.dumps(finished))
 
 
+@pytest.mark.slow
 def test_everybody_starts_from_the_encoder_of_the_split_and_gltr_from_its_first_stage(ward, argv, finished):
     out = ward.parse(argv).out
     of = {name: load_file(out / name / "model.safetensors") for name in ("encoder-split1", "start-split1-rate0")}
@@ -114,6 +116,7 @@ def test_everybody_starts_from_the_encoder_of_the_split_and_gltr_from_its_first_
     assert (settings["init"], settings["clip_length"]) == ("../encoder-split1", 1)
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
     recipe, ward, tiny, argv, finished, tmp_path, monkeypatch
 ):
@@ -133,6 +136,7 @@ def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
         ward.main([*argv, "--results", str(results)], dataclasses.replace(tiny, epochs=2))
 
 
+@pytest.mark.slow
 def test_systems_are_trained_longer_on_the_split_of_the_search(ward, argv, finished):
     assert set(finished["longer"]) == {"mean", "gltr"}
     assert len(finished["longer"]["gltr"]["losses"]) == 3 * len(finished["search"]["gltr"]["0"]["losses"]) == 3
@@ -143,6 +147,7 @@ def test_systems_are_trained_longer_on_the_split_of_the_search(ward, argv, finis
     assert rows(table)["gltr"][1:3] == [f"{100 * short:.1f}", f"{100 * longer:.1f}"]
 
 
+@pytest.mark.slow
 def test_what_rejecting_outliers_gains_is_paired(ward, two):
     table = ward.text(two, NAMES).partition("## Foreign frames rejected")[2].partition("##")[0]
     for name in NAMES:
@@ -155,6 +160,7 @@ def test_what_rejecting_outliers_gains_is_paired(ward, two):
             assert cells[2 + 2 * i].strip("*").startswith(f"{np.mean(after) - np.mean(before):+.1f} ± ")
 
 
+@pytest.mark.slow
 def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
     results = two["results"]
     written = ward.text(two, NAMES)
@@ -177,6 +183,7 @@ def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
         assert f"mAP {100 * found['map']:.1f}, rank-1 {100 * found['rank1']:.1f}" in written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -200,6 +207,7 @@ def test_what_is_wrong_in_a_record_is_named(ward, tiny, finished, tmp_path, wron
     assert (tmp_path / "ward.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     two["results"]["gltr"]["2"] = {"variant": "gltr", "split": 2, "failed": "the loss is nan"}
     written = ward.text(two, NAMES)
@@ -290,6 +298,7 @@ def test_every_variant_differs_from_every_other_and_is_built(recipe, ward, tiny,
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_differences(ward, two):
     drawing = ward.figure(two, NAMES)
     assert [axes.get_title() for axes in drawing.axes] == ["clean", "foreign 50 %", "bad boxes 50 %"]
@@ -312,6 +321,7 @@ def test_wrong_arguments_are_named(ward, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_are_trained_on_everybody_and_say_what_halves_reach(recipe, ward, tiny, argv, root, finished, tmp_path):
     args = ward.parse(argv)
     places = ["--root", str(root), "--backbone-weights", args.backbone_weights, "--out", str(tmp_path)]
