@@ -105,7 +105,6 @@ def test_impossible_sizes_are_errors():
         ("resnet18", torch.channels_last),
         ("efficientnet_b0", torch.channels_last),
         ("convnext_tiny", torch.channels_last),
-        ("vit_small_patch16_224", torch.contiguous_format),
         ("swin_tiny_patch4_window7_224", torch.contiguous_format),
         ("test_vit", torch.contiguous_format),
     ],
