@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))  # as when a script there is run
 
 OPTIONS = {"num_identities": 8, "length": [4, 9], "num_cameras": 2}
-NAME = "attention_test_resnet.synthetic"
+NAME = "attention_resnet10t.synthetic"
 
 EVALUATE = """
 from pathlib import Path
@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     argv = ["--data-options", *(f"{key}={value}" for key, value in OPTIONS.items()), "--size", "32x16", "--epochs", "1"]
     argv += ["--identities", "4", "--workers", "0", "--device", "cpu", "--clip-length", "3", "--out", str(out)]
-    train.main([*argv, "--model", "attention_test_resnet", "--name", "run"])
+    train.main([*argv, "--model", "attention_resnet10t", "--name", "run"])
     return out / "run"
 
 
@@ -89,7 +89,7 @@ def test_a_dry_run_writes_all_of_the_release(publish, run, capsys):
     metrics = json.loads((run / "metrics.json").read_text())
     assert weights.metrics["map"] == pytest.approx(metrics["map"], abs=1e-4)
     assert "8 embeddings are reproduced" in capsys.readouterr().out
-    assert temporal_agg.create_model(f"local-dir:{out}").num_features == 96
+    assert temporal_agg.create_model(f"local-dir:{out}").num_features == 512
 
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: temporal-agg\n")
@@ -200,9 +200,9 @@ def test_a_value_of_another_kind_is_named(publish, run, part, key, value):
         publish.main([str(run), "--dry-run"])
 
 
-@pytest.mark.parametrize("name", ["x", "a/b", "../x", "mean_test_resnet.x", NAME + " x", "attention_test_resnet."])
+@pytest.mark.parametrize("name", ["x", "a/b", "../x", "mean_resnet10t.synthetic", NAME + " x", "attention_resnet10t."])
 def test_a_name_is_that_of_the_model_and_a_tag(publish, run, name):
-    with pytest.raises(SystemExit, match=r"--name must be attention_test_resnet\.<tag>"):
+    with pytest.raises(SystemExit, match=r"--name must be attention_resnet10t\.<tag>"):
         publish.main([str(run), "--dry-run", "--name", name])
     with pytest.raises(SystemExit, match="--repo must be owner/name"):
         publish.main([str(run), "--dry-run", "--repo", name.replace("/", "")])

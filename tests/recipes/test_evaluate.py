@@ -12,7 +12,7 @@ from benchmarks_on_disk import make_mars, make_prid2011
 import temporal_agg
 from temporal_agg import data, retrieval
 
-TRAIN = ["--size", "32x16", "--model", "mean_test_resnet", "--epochs", "0", "--no-eval-untrained", "--workers", "0"]
+TRAIN = ["--size", "32x16", "--model", "mean_resnet10t", "--epochs", "0", "--no-eval-untrained", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,10 @@ def test_the_key_of_embeddings_changes_with_options_that_have_no_weights(recipe)
     fingerprint = recipe("evaluate").fingerprint
     tracklets = data.open_dataset("synthetic", num_identities=4, num_cameras=2, length=[3, 5]).query
     names = [
-        ("mean_test_resnet", {}),
-        ("max_test_resnet", {}),
-        ("gltr_test_resnet", {}),
-        ("gltr_test_resnet", {"normalize": "none"}),
+        ("mean_resnet10t", {}),
+        ("max_resnet10t", {}),
+        ("gltr_resnet10t", {}),
+        ("gltr_resnet10t", {"normalize": "none"}),
     ]
     keys = []
     for name, options in names:
@@ -127,7 +127,7 @@ def test_the_key_of_embeddings_changes_with_options_that_have_no_weights(recipe)
 def test_the_key_of_embeddings_changes_with_the_sides_and_takes_any_name(recipe, tmp_path):
     """A tracklet that moves from the gallery to the queries leaves the list of both as it was."""
     fingerprint = recipe("evaluate").fingerprint
-    model = temporal_agg.create_model("mean_test_resnet", img_size=(32, 16))
+    model = temporal_agg.create_model("mean_resnet10t", img_size=(32, 16))
     a, b, c = data.open_dataset("synthetic", num_identities=4, num_cameras=2, length=[3, 5]).query[:3]
     assert fingerprint(model, [a, b], [c]) != fingerprint(model, [a], [b, c])
     path = tmp_path / os.fsdecode(b"caf\xe9.jpg")
@@ -179,8 +179,8 @@ def test_what_cannot_be_evaluated_is_said(recipe, run, tmp_path, capsys):
     assert "--split and --data-options are of --data" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--clip has no lenght"):
         evaluate(recipe, run, "--clip", "lenght=3")
-    with pytest.raises(SystemExit, match="no weights have been released or planned for 'mean_test_resnet'"):
-        evaluate(recipe, "mean_test_resnet", "--data", "synthetic")
+    with pytest.raises(SystemExit, match="no weights have been released or planned for 'mean_resnet10t'"):
+        evaluate(recipe, "mean_resnet10t", "--data", "synthetic")
     with pytest.raises(SystemExit, match=r"gltr_resnet50\.mars are planned and have not been released"):
         evaluate(recipe, "gltr_resnet50", "--data", "synthetic")
     with pytest.raises(SystemExit, match="is not the name of a model: use"):

@@ -41,14 +41,11 @@ def read_lines(file):
 
 @pytest.mark.slow
 def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
-    argv = [*MINIATURE, "--model", "mean_test_resnet,attention_test_resnet", "--epochs", "2", "--out", str(tmp_path)]
+    argv = [*MINIATURE, "--model", "mean_resnet10t,attention_resnet10t", "--epochs", "2", "--out", str(tmp_path)]
     results = recipe("train").main(argv)
-    assert set(results) == {"mean_test_resnet", "attention_test_resnet"}
+    assert set(results) == {"mean_resnet10t", "attention_resnet10t"}
     directories = sorted(tmp_path.iterdir())
-    assert [d.name for d in directories] == [
-        "synthetic-seed0-attention_test_resnet",
-        "synthetic-seed0-mean_test_resnet",
-    ]
+    assert [d.name for d in directories] == ["synthetic-seed0-attention_resnet10t", "synthetic-seed0-mean_resnet10t"]
     for directory in directories:
         files = {p.name for p in directory.iterdir()}
         assert files == {
@@ -78,7 +75,7 @@ def test_a_run_directory_says_everything_about_itself(recipe, tmp_path):
 def test_the_saved_model_reproduces_the_recorded_metrics(recipe, tmp_path):
     train = recipe("train")
     metrics = train.main(
-        [*MINIATURE, "--model", "mean_test_resnet", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
+        [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     )
     model = temporal_agg.create_model(f"local-dir:{tmp_path / 'one'}")
     dataset = temporal_agg.data.parse_data_spec("synthetic", num_identities=8, length=[4, 9], num_cameras=2)
@@ -87,7 +84,7 @@ def test_the_saved_model_reproduces_the_recorded_metrics(recipe, tmp_path):
         retrieval.distances(*embeddings, model.clip.distance),
         *([getattr(t, key) for t in side] for side in (dataset.query, dataset.gallery) for key in ("pid", "camera")),
     )
-    assert got.map == pytest.approx(metrics["mean_test_resnet"][0]["map"], abs=1e-6)
+    assert got.map == pytest.approx(metrics["mean_resnet10t"][0]["map"], abs=1e-6)
     reference = load_file(tmp_path / "one" / "reference.safetensors")["gallery"]
     torch.testing.assert_close(embeddings[1][:16], reference, rtol=1e-4, atol=1e-5)
 
@@ -110,20 +107,20 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_own_folder_with_identity_splits(recipe, folder, tmp_path):
-    argv = [*MINIATURE[4:], "--data", f"folder:{folder}", "--identity-splits", "2", "--model", "mean_test_resnet"]
-    results = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs")])["mean_test_resnet"]
+    argv = [*MINIATURE[4:], "--data", f"folder:{folder}", "--identity-splits", "2", "--model", "mean_resnet10t"]
+    results = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs")])["mean_resnet10t"]
     assert [m["queries"] for m in results] == [2, 2]
     assert {d.name for d in (tmp_path / "runs").iterdir()} == {
-        f"folder-seed0-mean_test_resnet-split{k}" for k in range(2)
+        f"folder-seed0-mean_resnet10t-split{k}" for k in range(2)
     }
     # The second split alone is the same split, under the same name: the run is found, nothing is trained.
     again = recipe("train").main([*argv, "--epochs", "1", "--out", str(tmp_path / "runs"), "--split", "1"])
-    assert again["mean_test_resnet"] == results[1:]
+    assert again["mean_resnet10t"] == results[1:]
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(recipe, tmp_path, capsys):
-    argv = [*MINIATURE, "--model", "mean_test_resnet", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
+    argv = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     first = recipe("train").main(argv)
     assert recipe("train").main(argv) == first
     assert "finished before" in capsys.readouterr().out
@@ -136,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     """Killed in the middle of an epoch, between two optimizer steps, with random mining."""
 
     def command(name):
-        options = ["--model", "mean_test_resnet", "--epochs", "4", "--identities", "2", "--name", name]
+        options = ["--model", "mean_resnet10t", "--epochs", "4", "--identities", "2", "--name", name]
         options += ["--criterion-options", "mining=random", "--save-every", "1", "--out", str(tmp_path)]
         return [sys.executable, str(SCRIPT), *MINIATURE, *options]
 
@@ -204,7 +201,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_sound_ones(recipe, tmp
 
 
 def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
-    argv = [*MINIATURE, "--identities", "2", "--model", "mean_test_resnet", "--name", "one", "--out", str(tmp_path)]
+    argv = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--name", "one", "--out", str(tmp_path)]
     argv += ["--optimizer", "sgd", "--lr", "1e30", "--warmup", "0", "--schedule", "constant"]
     with pytest.raises(SystemExit, match=r"in epoch 1, batch 2, identities \[\d, \d\]. The last sound state is saved"):
         recipe("train").main(argv)
@@ -216,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_after_saving(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(recipe, tmp_path):
-    options = [*MINIATURE, "--identities", "2", "--model", "mean_test_resnet", "--epochs", "3", "--out", str(tmp_path)]
+    options = [*MINIATURE, "--identities", "2", "--model", "mean_resnet10t", "--epochs", "3", "--out", str(tmp_path)]
     options += ["--save-every", "2", "--keep", "9"]
     for name in ("whole", "killed"):
         recipe("train").main([*options, "--name", name])
@@ -231,7 +228,7 @@ def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_the_log_has_the_line_that_was_lost_between_checkpoint_and_log(recipe, tmp_path):
-    options = [*MINIATURE, "--model", "mean_test_resnet", "--epochs", "2", "--name", "one", "--out", str(tmp_path)]
+    options = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "2", "--name", "one", "--out", str(tmp_path)]
     recipe("train").main(options)
     whole = read_lines(tmp_path / "one" / "log.jsonl")
     for lost in ("log.jsonl", "metrics.json"):
@@ -244,7 +241,7 @@ def test_a_folder_that_is_no_run_is_not_written_into(recipe, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").write_text("precious")
     with pytest.raises(SystemExit, match=r"mine holds files of something else \(no settings.json\)"):
-        recipe("train").main([*MINIATURE, "--model", "mean_test_resnet", "--name", "mine", "--out", str(tmp_path)])
+        recipe("train").main([*MINIATURE, "--model", "mean_resnet10t", "--name", "mine", "--out", str(tmp_path)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.safetensors"]
 
 
@@ -261,7 +258,7 @@ def test_a_folder_that_is_no_run_is_not_written_into(recipe, tmp_path):
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(recipe, tmp_path, name, content):
-    options = [*MINIATURE, "--model", "mean_test_resnet", "--epochs", "0", "--name", "one", "--out", str(tmp_path)]
+    options = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "0", "--name", "one", "--out", str(tmp_path)]
     options += ["--no-eval-untrained"]
     (tmp_path / "one").mkdir()
     train = recipe("train")
@@ -277,7 +274,7 @@ def test_a_damaged_file_of_a_run_is_named(recipe, tmp_path, name, content):
 def test_a_command_waits_for_another_one_in_its_directory(recipe, tmp_path, capsys):
     from temporal_agg.files import locked
 
-    options = [*MINIATURE, "--model", "mean_test_resnet", "--epochs", "0", "--name", "one", "--out", str(tmp_path)]
+    options = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "0", "--name", "one", "--out", str(tmp_path)]
     (tmp_path / "one").mkdir()
     with locked(tmp_path / "one" / ".lock", "a test"):
         done = threading.Thread(target=recipe("train").main, args=(options,))
@@ -309,7 +306,7 @@ def test_a_killed_loader_process_ends_with_one_line(recipe):
 
 @pytest.mark.slow
 def test_other_tracklets_are_another_run(recipe, tmp_path):
-    options = ["--model", "mean_test_resnet", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
+    options = ["--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     recipe("train").main([*MINIATURE, *options])
     train = recipe("train")
     datasets = [train.data.open_dataset("synthetic", num_identities=8, num_cameras=2, seed=s) for s in (0, 0, 1)]
@@ -341,19 +338,19 @@ def equal_runs(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", [{"model": "mean_test_resnet"}, {"model_options": {"dtp": False, "tsa": False}}])
+@pytest.mark.parametrize("before", [{"model": "mean_resnet10t"}, {"model_options": {"dtp": False, "tsa": False}}])
 def test_stages_start_from_the_stage_before(recipe, folder, tmp_path, before):
     """From its encoder; from its aggregator too, if that is the same but for options (GLTR's frame embedding)."""
     file = tmp_path / "stages.yaml"
     stages = [{**before, "sampler": "frames", "batch-size": 4, "clip_length": 1, "epochs": 2}, {}]
-    file.write_text(json.dumps({"stages": stages, "lr": 0.01, "epochs": 0, "model": "gltr_test_resnet"}))
+    file.write_text(json.dumps({"stages": stages, "lr": 0.01, "epochs": 0, "model": "gltr_resnet10t"}))
     options = ["--config", str(file), "--data", f"folder:{folder}", "--name", "two", "--out", str(tmp_path)]
     argv = [*MINIATURE[4:], *options, "--criterion", "gltr"]
     argv.remove("--clip-length"), argv.remove("3")
     recipe("train").main(argv)
     first, last = (temporal_agg.create_model(f"local-dir:{tmp_path / d}") for d in ("two/stage1", "two"))
     torch.manual_seed(0)
-    settings = settings_of(recipe, "--model", "gltr_test_resnet", "--size", "32x16")
+    settings = settings_of(recipe, "--model", "gltr_resnet10t", "--size", "32x16")
     untrained = recipe("train").build_model(settings)
     weights = [model.encoder.state_dict()["backbone.conv1.0.weight"] for model in (first, last, untrained)]
     assert torch.equal(weights[0], weights[1])
@@ -373,7 +370,7 @@ def test_a_factor_of_zero_freezes(recipe, folder, tmp_path):
     train = recipe("train")
     frozen = {"encoder.backbone.conv1": 0.0, "encoder.backbone.layer1": 0.0}
     settings = settings_of(
-        recipe, "--model", "mean_test_resnet", "--lr-factors", *(f"{k}={v}" for k, v in frozen.items())
+        recipe, "--model", "mean_resnet10t", "--lr-factors", *(f"{k}={v}" for k, v in frozen.items())
     )
     model = train.build_model(settings)
     criterion = train.build_criterion(settings, model, 3)[1]
@@ -455,7 +452,7 @@ def test_two_processes_train_to_the_weights_of_one_where_nothing_is_batch_normal
 @pytest.mark.slow
 def test_two_processes_evaluate_the_model_that_is_saved(tmp_path):
     """BatchNorm's statistics are each process's own until they are broadcast."""
-    options = ["--model", "mean_test_resnet", "--epochs", "4", "--lr", "0.01", "--out", str(tmp_path), "--name", "two"]
+    options = ["--model", "mean_resnet10t", "--epochs", "4", "--lr", "0.01", "--out", str(tmp_path), "--name", "two"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *MINIATURE, *options], env=env, capture_output=True, text=True)
@@ -472,7 +469,7 @@ def test_two_processes_evaluate_the_model_that_is_saved(tmp_path):
     [
         (["--data", "folder:nowhere"], "no folder nowhere"),
         (["--data", "sinthetic"], "did you mean 'synthetic'"),
-        (["--model", "mean_test_resnet,meen_test_resnet"], "no aggregator's name starts 'meen_test_resnet'"),
+        (["--model", "mean_resnet10t,meen_resnet10t"], "no aggregator's name starts 'meen_resnet10t'"),
         (["--model-options", "qality=features"], "no option qality"),
     ],
 )
@@ -527,7 +524,7 @@ def test_the_learning_rate_rises_and_falls(recipe):
 def test_learning_rates_and_decay_by_module(recipe):
     train = recipe("train")
     argv = ["--lr", "0.5", "--head-lr-factor", "2", "--lr-factors", "aggregator.score=3", "--weight-decay", "0.25"]
-    settings = settings_of(recipe, *argv, "--size", "32x16", "--model", "attention_test_resnet")
+    settings = settings_of(recipe, *argv, "--size", "32x16", "--model", "attention_resnet10t")
     model = train.build_model(settings)
     criterion = temporal_agg.create_criterion("baseline", 4, model)
 
@@ -569,7 +566,7 @@ def test_every_paper_trains_end_to_end(recipe, tmp_path, system, name):
     small = {"backbone_pretrained": False, "size": "32x16", "epochs": 2, "workers": 0, "device": "cpu"}
     small |= {"base": str(config), "data": f"{name}:{root}", "out": str(tmp_path / "runs"), "eval_untrained": False}
     small["data_options"] = {"cache": False} | ({} if name == "prid-2011" else {"check_counts": False})
-    small["model"] = settings["model"].replace("resnet50.tv_in1k", "test_resnet")
+    small["model"] = settings["model"].replace("resnet50.tv_in1k", "resnet10t")
     if "stages" in settings:
         first = {**settings["stages"][0], "epochs": 1}
         small["stages"] = [first, *settings["stages"][1:]]
