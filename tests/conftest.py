@@ -1,12 +1,23 @@
+import gc
+
 import pytest
-import versions  # noqa: F401  its stand-ins for models that an old timm lacks
-from hub_client import Client
-from hub_server import TOKEN, HubServer
+
+
+def pytest_pycollect_makemodule():
+    """Before the first test module; xdist's own process has none, and no use for timm."""
+    import versions  # noqa: F401  its stand-ins for models that an old timm lacks
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def hub_server():
     """A Hub of this machine's own."""
+    from hub_server import HubServer
+
     server = HubServer()
     yield server
     server.shutdown()
@@ -22,6 +33,9 @@ def hub_home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hub_client(hub_server, hub_home):
     """A process for which that is the Hub, logged in."""
+    from hub_client import Client
+    from hub_server import TOKEN
+
     client = Client(hub_server, hub_home, HF_TOKEN=TOKEN)
     yield client
     client.close()

@@ -1,7 +1,16 @@
-"""What several tests need: modules away from their initial values, gradients of all of an output, a small encoder."""
+"""What several tests need: small aggregators and encoders, weights away from initial values, gradients of outputs."""
 
 import torch
 from torch import nn
+
+from temporal_agg.aggregators.registry import aggregator_options
+
+SMALL = {"hidden_features": 16, "rounds": 5}  # of gsta and lstm, of robust
+
+
+def small(name):
+    """The options with which an aggregator is as small as its options allow."""
+    return {key: SMALL[key] for key in SMALL if key in aggregator_options(name)}
 
 
 def moved(module, by=0.05):

@@ -36,7 +36,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
-        temporal_agg.create_model("attention_resnet10t", img_size=(32, 16)).save_pretrained(root / name)
+        temporal_agg.create_model("attention_test_resnet", img_size=(32, 16)).save_pretrained(root / name)
     return root
 
 
@@ -72,7 +72,7 @@ def test_embed_equals_embed_tracklets(embed, models, folder, capsys):
     assert found["embeddings"].dtype == np.float32
     np.testing.assert_allclose(found["embeddings"], reference(models, folder, names), rtol=1e-4, atol=1e-6)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["data", "out.npz"]
-    assert "5 embeddings of 512 numbers, with identities" in capsys.readouterr().err
+    assert "5 embeddings of 96 numbers, with identities" in capsys.readouterr().err
 
 
 def test_any_folders_are_tracklets(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_kill_9_and_resume(embed, models, folder, tmp_path, monkeypatch, capsys)
 
 def test_models_without_weights_of_their_own_are_told_apart(folder, tmp_path, capsys):
     torch.manual_seed(0)
-    mean = temporal_agg.create_model("mean_resnet10t", img_size=(32, 16))
+    mean = temporal_agg.create_model("mean_test_resnet", img_size=(32, 16))
     other = temporal_agg.TrackletModel(mean.encoder, temporal_agg.create_aggregator("max", mean.encoder.num_features))
     for name, model in (("mean", mean), ("max", other)):
         model.save_pretrained(tmp_path / name)
@@ -175,7 +175,7 @@ def test_files_of_others_are_left_alone(embed, tmp_path, capsys):
     gallery = str(tmp_path / "out.npz")
     assert cli.main(["search", gallery, gallery, "-o", gallery]) == 1
     assert "is an input" in capsys.readouterr().err
-    assert np.load(gallery)["embeddings"].shape == (5, 512)
+    assert np.load(gallery)["embeddings"].shape == (5, 96)
 
 
 def test_links_to_one_folder_are_tracklets_and_circles_end(folder, capsys):
@@ -278,7 +278,7 @@ def test_errors_say_what_to_do(embed, models, folder, tmp_path, capsys):
 
 def test_untrained_aggregators_are_refused(folder, tmp_path, monkeypatch, capsys):
     command = ["embed", str(folder), "-o", str(tmp_path / "x.npz"), "--backbone-pretrained", "--device", "cpu"]
-    assert cli.main([*command, "--model", "attention_resnet10t"]) == 1
+    assert cli.main([*command, "--model", "attention_test_resnet"]) == 1
     assert "which nobody has trained" in capsys.readouterr().err
     built = []
 
@@ -287,7 +287,7 @@ def test_untrained_aggregators_are_refused(folder, tmp_path, monkeypatch, capsys
         return temporal_agg.create_model(name, img_size=(32, 16))
 
     monkeypatch.setattr(_embed, "create_model", offline)
-    assert cli.main([*command, "--model", "mean_resnet10t"]) == 0
+    assert cli.main([*command, "--model", "mean_test_resnet"]) == 0
     assert built == [False, True]
 
 

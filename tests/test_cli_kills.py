@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 
 import pytest
@@ -29,7 +30,7 @@ NAMES = [f"000{i // 2}/{i % 2 + 1}_a" for i in range(6)]
 @functools.cache
 def model():
     torch.manual_seed(0)
-    return create_model("mean_resnet10t", img_size=(32, 16)).eval()
+    return create_model("mean_test_resnet", img_size=(32, 16)).eval()
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def test_restarted_with_another_number_of_processes(folder, tmp_path, out, galle
 
 def test_at_the_same_time(folder, tmp_path, out, gallery, quick):
     quick.write_text("")
-    for _ in range(3):
+    for _ in range(2):
         children = [start(embed(folder, out), **of(rank, 3)) for rank in range(3)]
         assert [ended(child) for child in children] == [0, 0, 0]
         assert content(out) == {"a.npz": gallery.read_bytes()}
@@ -316,7 +317,7 @@ def wait_before_embedding(folder):
             if len(calls) == 2:
                 (folder / "at work").touch()
                 while not (folder / "go on").exists():
-                    pass
+                    time.sleep(0.01)
             return embed(*args, **options)
 
         _embed.embed_tracklets = wait
@@ -328,7 +329,7 @@ def wait_before_embedding(folder):
 def test_a_second_run_says_that_the_first_is_at_work(mine, theirs, folder, tmp_path, out, gallery, capfd):
     child = start(embed(folder, out), wait_before_embedding(tmp_path), **of(*theirs))
     while not (tmp_path / "at work").exists():
-        pass
+        time.sleep(0.01)
     part = out / ("a.npz.part" if theirs[1] == 1 else f"a.npz.{theirs[0]}.part")
     before = part.read_bytes()
     for more in ((), ("--overwrite",)):

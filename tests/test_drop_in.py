@@ -32,7 +32,7 @@ SUITES = {  # what reads the registry
 
 # Saves, loads, exports, draws, trains and gets a card.
 PROGRAM = """
-import sys, tempfile
+import json, sys, tempfile
 from pathlib import Path
 sys.path[:0] = ["recipes", "hub"]
 import torch
@@ -57,6 +57,8 @@ train.main(
     f"--data synthetic --data-options {' '.join(options)} --model moments_resnet10t --size 64x32 --epochs 1 "
     f"--identities 2 --clip-length 2 --workers 0 --device cpu --name run --out {out}".split()
 )
+criterion = json.loads((out / "run" / "metrics.json").read_text(encoding="utf-8"))["criterion"]
+assert criterion == "moments", f"the recipe trained moments with the criterion {criterion}"
 publish.main([str(out / "run"), "--dry-run", "--out", str(out / "release")])
 card = (out / "release" / "README.md").read_text(encoding="utf-8")
 assert "Two Moments Are Enough" in card and "A. Nobody" in card, card

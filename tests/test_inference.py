@@ -12,6 +12,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import small
 from torch import nn
 from versions import BEGIN, needs_torch
 
@@ -91,7 +92,7 @@ def embed(model, items, **kwargs):
 
 @pytest.mark.parametrize("name", list_aggregators())
 def test_equals_clip_by_clip(name):
-    model, items = build(name), tracklets()
+    model, items = build(name, **small(name)), tracklets()
     torch.testing.assert_close(embed(model, items, frames_per_batch=20), literal(model, items), rtol=1e-4, atol=1e-5)
 
 

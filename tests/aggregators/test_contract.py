@@ -5,16 +5,14 @@ import io
 
 import pytest
 import torch
-from helpers import moved
+from helpers import moved, small
 from versions import needs_exporter, needs_torch
 
 from temporal_agg import Details, create_aggregator, list_aggregators, plot
 from temporal_agg.aggregators import join, take
-from temporal_agg.aggregators.registry import aggregator_options
 
 C, H, W = 32, 4, 2
 FRAME = (32, 16)  # height, width of the images, for aggregators that read them
-SMALL = {"hidden_features": 64, "rounds": 5}  # of gsta and lstm, of robust
 NAMES = list_aggregators()
 HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=needs_torch("2.4", "float16 on a CPU"))]
 
@@ -23,8 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def create(name):
-    """As small as its options allow."""
-    return create_aggregator(name, C, **{key: SMALL[key] for key in SMALL if key in aggregator_options(name)})
+    return create_aggregator(name, C, **small(name))
 
 
 def build(name):

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from helpers import small
 from torch.nn import functional as F
 
 from temporal_agg import Details, create_aggregator, create_criterion, list_criteria
@@ -44,7 +45,8 @@ def test_terms_are_float32_under_autocast():
 def test_criteria_follow_a_change_of_type(name, dtype):
     """Half-precision parameters are computed with in float32; buffers learn, gradients arrive."""
     torch.manual_seed(0)
-    aggregator = create_aggregator({"baseline": "mean", "star": "gsta"}.get(name, name), 16)
+    system = {"baseline": "mean", "star": "gsta"}.get(name, name)
+    aggregator = create_aggregator(system, 16, **small(system))
     T = aggregator.clip_length or 4
     frames = torch.rand(4, T, 3, 16, 8) if aggregator.needs_frames else None
     details = aggregator(torch.rand(4, T, 16, 4, 2), frames=frames, return_details=True)

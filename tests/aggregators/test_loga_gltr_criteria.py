@@ -116,5 +116,7 @@ def test_training_starts_at_uniform_and_comes_down(name):
         terms["loss"].backward()
         optimizer.step()
         losses.append(terms["cross_entropy"].item())
+        if losses[-1] < 0.5 * losses[0]:
+            break
     assert abs(losses[0] - torch.tensor(CLASSES).log()) < 0.1
     assert losses[-1] < 0.5 * losses[0]

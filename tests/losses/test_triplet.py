@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from pytorch_metric_learning.losses import TripletMarginLoss
-from pytorch_metric_learning.miners import BatchHardMiner
 from torch.nn import functional as F
 
 from temporal_agg.losses import TripletLoss
@@ -40,6 +38,9 @@ def test_batch_hard_equals_the_loop_with_gradients(margin, labels):
 
 
 def test_batch_hard_agrees_with_pytorch_metric_learning():
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchHardMiner
+
     x, y = batch([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], D=16)
     other = TripletMarginLoss(margin=20.0)  # a margin at which every triplet is active: its mean skips inactive ones
     other.distance.normalize_embeddings = False

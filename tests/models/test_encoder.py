@@ -103,10 +103,8 @@ def test_impossible_sizes_are_errors():
     ("name", "expected"),
     [
         ("resnet18", torch.channels_last),
-        ("mobilenetv2_100", torch.channels_last),
         ("efficientnet_b0", torch.channels_last),
         ("convnext_tiny", torch.channels_last),
-        ("vit_small_patch16_224", torch.contiguous_format),
         ("swin_tiny_patch4_window7_224", torch.contiguous_format),
         ("test_vit", torch.contiguous_format),
     ],
@@ -122,27 +120,28 @@ STRIDED = {  # a 1x1 convolution follows the strided operation in each of them
     "3x3 shortcut": ("resnet26", {"down_kernel_size": 3}),
     "blurred": ("resnet26", {"aa_layer": BlurPool2d}),
     "averaged": ("resnet26", {"aa_layer": nn.AvgPool2d}),
-    "res2net": ("res2net50_14w_8s", {"layers": (1, 1, 1, 1)}),
+    "res2net": ("res2net50_14w_8s", {}),
     "resnest": ("resnest14d", {}),
 }
 
 
 @pytest.mark.parametrize("kind", STRIDED)
-@pytest.mark.parametrize("size", [(8, 4), (7, 5)])
-def test_last_stride_one_only_adds_positions(kind, size):
+def test_last_stride_one_only_adds_positions(kind):
     """The stage's first block gives at even positions what it gave before."""
     name, kwargs = STRIDED[kind]
-    if kind == "averaged" and size == (7, 5):
-        pytest.skip("plain average pooling drops the odd row")
+    kwargs = {"zero_init_last": False, "layers": (1, 1, 1, 1), **kwargs}
     torch.manual_seed(0)
-    strided = FrameEncoder(name, img_size=SMALL, backbone_kwargs={"zero_init_last": False, **kwargs}).eval()
+    strided = FrameEncoder(name, img_size=SMALL, backbone_kwargs=kwargs).eval()
     dense = copy.deepcopy(strided)
     dense.remove_last_stride()
     block, other = strided.backbone.layer4[0], dense.backbone.layer4[0]
-    x = torch.randn(2, strided.backbone.feature_info[-2]["num_chs"], *size)
-    y = other(x.clone())
-    assert y.shape[2:] == size
-    torch.testing.assert_close(y[..., ::2, ::2], block(x.clone()), rtol=1e-4, atol=1e-5)
+    for size in ((8, 4), (7, 5)):
+        if kind == "averaged" and size == (7, 5):  # plain average pooling drops the odd row
+            continue
+        x = torch.randn(2, strided.backbone.feature_info[-2]["num_chs"], *size)
+        y = other(x.clone())
+        assert y.shape[2:] == size
+        torch.testing.assert_close(y[..., ::2, ::2], block(x.clone()), rtol=1e-4, atol=1e-5)
     assert list(strided.state_dict()) == list(dense.state_dict())
     assert dense.backbone.feature_info[-1]["reduction"] == 16
 

@@ -1,7 +1,10 @@
 """What every model promises, over a tiny backbone: one per registered aggregator."""
 
+import copy
+
 import pytest
 import torch
+from helpers import small
 from torch import nn
 from versions import needs_exporter
 
@@ -16,9 +19,10 @@ def build(name, **kwargs):
     return create_model(f"{name}_test_resnet", img_size=SIZE, **kwargs)
 
 
-@pytest.fixture(params=list_aggregators())
+@pytest.fixture(scope="module", params=list_aggregators())
 def model(request):
-    return build(request.param).eval()
+    """The tests that train it take a copy."""
+    return build(request.param, **small(request.param)).eval()
 
 
 def clips(model, B=2, T=None, seed=0):
@@ -70,7 +74,7 @@ def test_masked_clip_equals_the_clip_of_its_real_frames(model):
 
 
 def test_nan_in_padding_never_spreads(model):
-    model.train()
+    model = copy.deepcopy(model).train()
     x = clips(model)
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     mask[0, 1:3] = False
@@ -86,7 +90,7 @@ def test_nan_in_padding_never_spreads(model):
 
 
 def test_every_parameter_has_a_gradient(model):
-    model.train()
+    model = copy.deepcopy(model).train()
     details = model(clips(model), return_details=True)
     sum((t * torch.randn_like(t)).sum() for t in (details.embedding, *details.supervised.values())).backward()
     assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []

@@ -2,6 +2,7 @@
 
 import _codecs
 import argparse
+import copy
 import pickle
 import time
 from functools import partial
@@ -19,13 +20,18 @@ from temporal_agg.models import create_model, load_weights, read_checkpoint, unw
 SIZE = (64, 32)
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def built():
     torch.manual_seed(0)
     return create_model("lstm_test_resnet", img_size=SIZE, hidden_features=8)
 
 
 @pytest.fixture
+def model(built):
+    return copy.deepcopy(built)
+
+
+@pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(1)
     return timm.create_model("test_resnet", num_classes=0).state_dict()

@@ -20,6 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it is glibc, of Linux, that gives memory back")
 def test_memory_that_was_freed_is_there_for_the_next_step():
     """256 MB are 62,500 pages, which the system would hand out anew."""

@@ -3,7 +3,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.retrieval import retrieval_average_precision
 
 from temporal_agg.data import Tracklet
 from temporal_agg.retrieval import evaluate, evaluate_tracklets
@@ -81,13 +80,13 @@ def check(got, want):
 def test_equals_the_literal_loop(ap):
     rng = np.random.default_rng(0)
     without = 0
-    for _ in range(2000):
+    for _ in range(500):
         *case, own = random_case(rng)
         ranks = (1, int(rng.integers(1, 25)))
         got = evaluate(*case, query_index=own, ranks=ranks, ap=ap)
         check(got, literal(*case, own, ranks, ap))
         without += got.queries_without_match > 0
-    assert 200 < without < 1800, "the cases should cover queries with and without a match"
+    assert 50 < without < 450, "the cases should cover queries with and without a match"
 
 
 @pytest.mark.parametrize("ap", ["step", "trapezoidal"])
@@ -100,6 +99,8 @@ def test_equals_the_literal_loop_with_many_matches(ap):
 
 def test_equals_torchmetrics():
     """Without ties, junk and cameras, which it does not know."""
+    from torchmetrics.functional.retrieval import retrieval_average_precision
+
     rng = np.random.default_rng(2)
     for _ in range(50):
         G = int(rng.integers(5, 60))

@@ -98,6 +98,7 @@ def rows(written):
     return {cells[0]: cells for cells in reversed(lines)}
 
 
+@pytest.mark.slow
 def test_the_record_holds_what_the_runs_reach(recipe, ward, argv, finished):
     """By evaluate.py, from the files on the disk, without the memory of frames."""
     args = ward.parse(argv)
@@ -111,6 +112,7 @@ def test_the_record_holds_what_the_runs_reach(recipe, ward, argv, finished):
     assert json.loads((args.results / "ward.json").read_text()) == json.loads(json.dumps(finished))
 
 
+@pytest.mark.slow
 def test_everybody_starts_from_the_encoder_of_the_split_and_gltr_from_its_first_stage(ward, argv, finished):
     out = ward.parse(argv).out
     of = {name: load_file(out / name / "model.safetensors") for name in ("encoder-split1", "start-split1-rate0")}
@@ -121,6 +123,7 @@ def test_everybody_starts_from_the_encoder_of_the_split_and_gltr_from_its_first_
     assert (settings["init"], settings["clip_length"]) == ("../encoder-split1", 1)
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
     recipe, ward, tiny, argv, finished, results, monkeypatch
 ):
@@ -138,6 +141,7 @@ def test_what_is_recorded_is_not_trained_again_on_another_machine_either(
         ward.main([*argv, "--results", str(results)], dataclasses.replace(tiny, epochs=2))
 
 
+@pytest.mark.slow
 def test_systems_are_trained_longer_where_that_is_asked_for(ward, tiny, argv, finished, two, results):
     assert finished["longer"] == {}
     longer = ward.main([*argv, "--longer", "--results", str(results)], tiny)["longer"]
@@ -155,6 +159,7 @@ def test_systems_are_trained_longer_where_that_is_asked_for(ward, tiny, argv, fi
     assert table["gltr"][5] == f"{of['gltr'][1] - of['mean'][1]:+.1f}"
 
 
+@pytest.mark.slow
 def test_what_a_system_is_before_it_is_trained_stands_beside_what_it_becomes(ward, tiny, argv, results, monkeypatch):
     monkeypatch.setattr(ward, "REASONS", {"start: gltr": ward.REASONS["start: gltr"]})
     record = ward.main([*argv, "--reasons", "--results", str(results)], tiny)
@@ -174,6 +179,7 @@ def test_what_a_system_is_before_it_is_trained_stands_beside_what_it_becomes(war
     assert table["start: gltr"][1:] == [f"{value:.1f}", f"{value - mean:+.1f}", f"{trained - value:+.1f}"]
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_and_nothing_is_trained(ward, tiny, argv, finished, results):
     record = ward.main([*argv, "--steps", "--results", str(results)], tiny)
     assert set(record["steps"]["ms"]) == {"mean", "gltr"}
@@ -183,6 +189,7 @@ def test_a_step_is_timed_and_nothing_is_trained(ward, tiny, argv, finished, resu
     assert cells[1] == f"{np.median(record['steps']['ms']['gltr']):.0f}"
 
 
+@pytest.mark.slow
 def test_what_rejecting_outliers_gains_is_paired(ward, two):
     table = ward.text(two, NAMES).partition("## Foreign frames rejected")[2].partition("##")[0]
     for name in NAMES:
@@ -195,6 +202,7 @@ def test_what_rejecting_outliers_gains_is_paired(ward, two):
             assert cells[2 + 2 * i].strip("*").startswith(f"{np.mean(after) - np.mean(before):+.1f} ± ")
 
 
+@pytest.mark.slow
 def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
     results = two["results"]
     written = ward.text(two, NAMES)
@@ -217,6 +225,7 @@ def test_the_tables_are_of_the_splits_that_are_whole(ward, two):
         assert f"mAP {100 * found['map']:.1f}, rank-1 {100 * found['rank1']:.1f}" in written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -240,6 +249,7 @@ def test_what_is_wrong_in_a_record_is_named(ward, tiny, finished, tmp_path, wron
     assert (tmp_path / "ward.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_what_failed_is_named_and_not_in_the_tables(ward, two):
     two["results"]["gltr"]["2"] = {"variant": "gltr", "split": 2, "failed": "the loss is nan"}
     written = ward.text(two, NAMES)
@@ -330,6 +340,7 @@ def test_every_variant_differs_from_every_other_and_is_built(recipe, ward, tiny,
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_differences(ward, two):
     drawing = ward.figure(two, NAMES)
     assert [axes.get_title() for axes in drawing.axes] == ["clean", "foreign 50 %", "bad boxes 50 %"]
@@ -352,6 +363,7 @@ def test_wrong_arguments_are_named(ward, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_are_trained_on_everybody_and_say_what_halves_reach(recipe, ward, tiny, argv, root, finished, tmp_path):
     args = ward.parse(argv)
     places = ["--root", str(root), "--backbone-weights", args.backbone_weights, "--out", str(tmp_path)]
