@@ -354,6 +354,13 @@ class Aggregator(nn.Module):
         return f"{self.in_features} -> {self.num_features}"
 
 
+def at_least(least: int, **options: float) -> None:
+    """Raises a ValueError that names the option which is below ``least``."""
+    for name, value in options.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
 class Criterion(nn.Module):
     """Base class of a training criterion: what an aggregator hands out, plus identities -> loss terms by name.
 
