@@ -11,6 +11,7 @@ Conventions shared by all aggregators:
   any data set.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -354,11 +355,12 @@ class Aggregator(nn.Module):
         return f"{self.in_features} -> {self.num_features}"
 
 
-def at_least(least: int, **options: float) -> None:
-    """Raises a ValueError that names the option which is below ``least``."""
+def check_range(low: int, high: float = math.inf, **options: float) -> None:
+    """Raises a ValueError that names the option which is out of range."""
     for name, value in options.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not low <= value <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise ValueError(f"{name} must be {wanted}, got {value}.")
 
 
 class Criterion(nn.Module):

@@ -22,7 +22,7 @@ from .base import (
     Frames,
     MapKind,
     aggregator_of,
-    at_least,
+    check_range,
     frame_vectors,
     initial_classifier,
     weighted_sum,
@@ -321,9 +321,8 @@ class GLTR(Aggregator):
         tsa: bool = True,
         start: str = "zero",
     ):
-        at_least(1, embed_features=embed_features)
-        if not 1 <= branches <= 16:
-            raise ValueError(f"branches must be from 1 to 16, of which the last sees 65,537 frames, got {branches}.")
+        check_range(1, embed_features=embed_features)
+        check_range(1, 16, branches=branches)  # the last one sees 65,537 frames
         if pyramid not in ("dilated", "undilated", "pooling"):
             raise ValueError(f"GLTR: pyramid must be 'dilated', 'undilated' or 'pooling', got {pyramid!r}.")
         rates = [2**n for n in range(branches)]  # r_n = 2^(n-1), Sec. 3.2
@@ -424,7 +423,7 @@ class ReleasedGLTR(GLTR):
     """
 
     def __init__(self, in_features: int, embed_features: int = 128):
-        at_least(1, embed_features=embed_features)
+        check_range(1, embed_features=embed_features)
         dtp = DTP(embed_features, (1, 2, 3), bias=False, keep_input=True)
         Aggregator.__init__(self, in_features, dtp.num_features)
         self.embed = nn.Linear(in_features, embed_features)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import masked
-from .base import Aggregator, Details, Frames, frame_vectors
+from .base import Aggregator, Details, Frames, check_range, frame_vectors
 from .registry import ClipConfig, register_aggregator
 
 __all__ = ["Purity", "Robust", "biweight_mean", "geometric_median", "outlier_mask", "tracklet_purity"]
@@ -106,8 +106,7 @@ def biweight_mean(
     """
     if not c > 1:
         raise ValueError(f"c must be above 1, got {c}: fewer than half of the frames would count.")
-    if not 1 <= rounds <= 1000:
-        raise ValueError(f"rounds must be from 1 to 1000, got {rounds}; 20 are enough.")
+    check_range(1, 1000, rounds=rounds)
     if start not in ("median", "mean"):
         raise ValueError(f"start must be 'median' or 'mean', got {start!r}.")
     mask = masked.all_real(x) if mask is None else mask

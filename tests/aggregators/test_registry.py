@@ -91,7 +91,8 @@ def test_ranges_of_options():
     for build, name, options, message in (
         (criterion, "fgra", {"consistency_weight": -1}, "consistency_weight must be at least 0, got -1"),
         (criterion, "gsta", {"pyramid_weight": -0.1}, "pyramid_weight must be at least 0, got -0.1"),
-        (small, "gltr", {"branches": 17}, "branches must be from 1 to 16"),
+        (small, "gltr", {"branches": 17}, "branches must be from 1 to 16, got 17"),
+        (small, "fgra", {"num_regions": 1001}, "num_regions must be from 1 to 1000"),
         (small, "loga", {"part_size": 0}, "part_size must be at least 1"),
         (small, "lstm", {"hidden_features": 2**16 + 1}, "hidden_features must be at most 65,536, got 65537"),
     ):
