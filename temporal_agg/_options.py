@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["LARGEST", "check", "check_types", "fits"]
+__all__ = ["LARGEST", "check", "check_sizes", "check_types", "fits"]
 
 LARGEST = 2**16  # of all whole numbers that a model is built with: sizes, widths and counts
 _PLURAL = {int: "whole numbers", float: "numbers", str: "strings", bool: "True and False"}
@@ -49,6 +49,13 @@ def check_types(where: str, build: Callable[..., object], given: Mapping[str, ob
             raise TypeError(
                 f"{where}{name} must be {_in_words(hints[name])}, got {value!r:.80} ({type(value).__name__})."
             )
+
+
+def check_sizes(where: str, given: Mapping[str, object]) -> None:
+    """Raises ValueError where a whole number is larger than any size of a model; ``config.json`` refuses it, too."""
+    for name, value in given.items():
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{where}{name} must be at most {LARGEST:,}, got {value}.")
 
 
 def fits(value: Any, hint: Any) -> bool:

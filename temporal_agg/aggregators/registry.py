@@ -209,9 +209,7 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
     """
     entry = registry_entry(name)
     _options.check(f"aggregator {name!r}", entry.build, {"in_features": in_features, **kwargs}, ("in_features",))
-    for option, value in kwargs.items():
-        if isinstance(value, int) and value > _options.LARGEST:
-            raise ValueError(f"aggregator {name!r}: {option} must be at most {_options.LARGEST:,}, got {value}.")
+    _options.check_sizes(f"aggregator {name!r}: ", kwargs)
     aggregator = entry.build(in_features, **kwargs)
     aggregator.config = {"name": name, "in_features": in_features, **kwargs}
     return aggregator

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._options import check_types
+from .._options import check_sizes, check_types
 from .inputs import check_images, fastest_memory_format
 
 __all__ = ["FrameEncoder", "create_encoder", "register_encoder"]
@@ -326,7 +326,9 @@ def create_encoder(backbone: str, **options: Any) -> FrameEncoder:
     """
     build = encoder_class(backbone)
     checked_there = ("img_size", "last_stride")  # which say more about what may be meant
-    check_types(f"encoder of {backbone!r}: ", build, {k: v for k, v in options.items() if k not in checked_there})
+    others = {key: value for key, value in options.items() if key not in checked_there}
+    check_types(f"encoder of {backbone!r}: ", build, others)
+    check_sizes(f"encoder of {backbone!r}: ", others)
     return build(backbone, **options)
 
 
