@@ -86,7 +86,11 @@ class Sequence:
             try:
                 if number not in self.paths:
                     raise FileNotFoundError(f"{self.name} has boxes in frame {number}, but no image of it.")
-                yield number, open_image(self.paths[number])
+                image = open_image(self.paths[number])
+                if image.size != self.size:
+                    own, first = ("x".join(map(str, size)) for size in (image.size, self.size))
+                    raise OSError(f"{self.paths[number]} has {own} pixels, where the first frame has {first}.")
+                yield number, image
             except OSError as error:
                 yield number, error
 

@@ -132,7 +132,8 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as everywhere else; by itself it wants 1.0e-3. What it would silently take for
-    something else is refused: 010 (it says 8), 1:30 (90), and a key that comes twice, of which the last would count."""
+    something else is refused: 010 (it says 8), 1:30 (90), 1_0 (10), and a key that comes twice, of which the last would
+    count."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -143,7 +144,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node):
         text = self.construct_scalar(node)
-        if ":" in text or re.match("[-+]?0[0-9_]", text) or len(text) > 100:
+        if ":" in text or "_" in text or re.match("[-+]?0[0-9_]", text) or len(text) > 100:
             what = f"{text[:100]!r} is no number that everybody reads alike: write it in decimals, or in quotes"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
         is_int = node.tag.endswith(":int")

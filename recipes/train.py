@@ -282,6 +282,18 @@ def load_checkpoint(directory: Path) -> dict | None:
     return None
 
 
+def check_finished(directory: Path) -> None:
+    """Raises a ValueError unless the model that a finished run has trained is there and can be loaded."""
+    try:
+        temporal_agg.create_model(f"local-dir:{directory}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory / 'metrics.json'} says that this run is finished, but its model cannot be loaded: "
+            f"{common.one_line_of(error)} Restore the file, or delete metrics.json: the same command then goes on from "
+            "the newest checkpoint."
+        ) from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One training
 
@@ -411,8 +423,10 @@ def train(
         with common.held(directory, accelerator):
             if not finished.exists():  # another command may have finished it while this one waited
                 return train_held(directory, dataset, settings, accelerator, bars, evaluate)
+    metrics = common.read_metrics(finished)
+    check_finished(directory)
     accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")
-    return common.read_metrics(finished)
+    return metrics
 
 
 def train_held(

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Busy", "locked", "read_json", "read_text", "replace_file", "sweep"]
+__all__ = ["Busy", "locked", "read_json", "read_number", "read_text", "replace_file", "sweep"]
 
 ABANDONED = 24 * 3600  # seconds after which something temporary is taken for a dead process's where locks do not work
 UMASK = 0o666  # before what the umask takes away
@@ -145,6 +145,17 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path}: expected a JSON {_JSON[kind]}, got {_JSON.get(type(content), 'something else')}.")
     return content
+
+
+def read_number(text: str) -> float:
+    """A number of a text file. What Python alone reads as one is none: ``1_0``, digits of other scripts.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    if "_" in text or not text.isascii():
+        raise ValueError(f"{text[:80]!r} is no number.")
+    return float(text)
 
 
 _JSON = {dict: "object", list: "array", str: "string", int: "number", float: "number", bool: "boolean"}

@@ -200,6 +200,18 @@ def test_merge(tmp_path, out, gallery):
 
 
 @pytest.mark.slow
+def test_merge_parquet(tmp_path, out, gallery):
+    """From npz to Parquet, and over one that is there."""
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    run = command("merge", gallery, "-o", out / "all.parquet")
+    check(out, run, tmp_path, ["all.parquet"], FEW)
+    (out / "all.parquet").write_bytes(b"old")
+    run = command("merge", gallery, "-o", out / "all.parquet", "--overwrite")
+    check(out, run, tmp_path, ["all.parquet"], FEW)
+    assert read_embeddings(out / "all.parquet").names == NAMES
+
+
+@pytest.mark.slow
 def test_index(tmp_path, out, gallery):
     """FAISS opens its file unseen by Python, and does not raise OSError."""
     pytest.importorskip("faiss", reason="the extra faiss is not installed")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import small
+from PIL import Image
 from torch import nn
 from versions import BEGIN, needs_torch
 
@@ -49,6 +50,20 @@ class SmallEncoder(nn.Module):
 def build(aggregator="mean", clip=None, **kwargs):
     torch.manual_seed(0)
     return TrackletModel(SmallEncoder(), create_aggregator(aggregator, C, **kwargs), clip).eval()
+
+
+def test_frames_of_several_sizes_are_resized_each(tmp_path):
+    """Also those of files; the mean of frames is the mean of what each frame alone gives."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((64, 32), (20, 10), (32, 16), (9, 40))]
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file, array in zip(files, arrays, strict=True):
+        Image.fromarray(array).save(file)
+    model = build()
+    alone = embed_tracklets(model, [Tracklet([array], pid=1) for array in arrays], progress=False)
+    for frames in (arrays, files, [*arrays[:2], *files[2:]]):
+        together = embed_tracklets(model, [Tracklet(frames, pid=1)], progress=False)
+        torch.testing.assert_close(together[0], alone.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def tracklets(lengths=LENGTHS, seed=0):

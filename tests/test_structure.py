@@ -16,11 +16,12 @@ ROOT = Path(temporal_agg.__file__).parent
 MAY_IMPORT = {
     "_files": set(),
     "files": {"_files"},
+    "_options": set(),
     "_version": set(),
     "masked": set(),
     "losses": {"masked"},
-    "aggregators": {"data", "losses", "masked"},  # of data: ClipConfig, which is no data but how to cut it
-    "models": {"_files", "_version", "aggregators", "masked"},
+    "aggregators": {"_options", "data", "losses", "masked"},  # of data: ClipConfig, which is no data but how to cut it
+    "models": {"_files", "_options", "_version", "aggregators", "masked"},
     "data": {"_files"},
     "retrieval": {"_files", "data"},  # _files: the store; data: at need, for tracklets
     "inference": {"aggregators", "models", "data", "retrieval"},

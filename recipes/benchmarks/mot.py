@@ -20,6 +20,7 @@ and mot.png, in --results.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ from torch.nn import functional as F
 import temporal_agg
 from temporal_agg.data import open_image
 from temporal_agg.data.boxes import read_boxes
-from temporal_agg.files import read_text
+from temporal_agg.files import read_number, read_text
 from temporal_agg.inference import FrameRunner
 from temporal_agg.stream import crop_boxes
 
@@ -87,7 +88,9 @@ def detections(file: Path) -> np.ndarray:
         if number == 1 and words[0].strip('"').isalpha():
             continue  # a head
         try:
-            frame, _, left, top, width, height, confidence = map(float, words[:7])
+            frame, _, left, top, width, height, confidence = numbers = [*map(read_number, words[:7])]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError("not finite")
         except ValueError as error:
             expected = "expected frame,id,left,top,width,height,confidence"
             raise ValueError(f"{file}, line {number}: {expected}, got {line[:80]!r}.") from error

@@ -11,6 +11,7 @@ Conventions shared by all aggregators:
   any data set.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -352,6 +353,14 @@ class Aggregator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.num_features}"
+
+
+def check_range(low: int, high: float = math.inf, **options: float) -> None:
+    """Raises a ValueError that names the option which is out of range."""
+    for name, value in options.items():
+        if not low <= value <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise ValueError(f"{name} must be {wanted}, got {value}.")
 
 
 class Criterion(nn.Module):

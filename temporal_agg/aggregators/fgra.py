@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import masked
 from ..losses import ConsistencyLoss, TripletLoss
-from .base import Aggregator, Criterion, Details, MapKind, Softmaxed, aggregator_of, initial_classifier
+from .base import Aggregator, Criterion, Details, MapKind, Softmaxed, aggregator_of, check_range, initial_classifier
 from .registry import ClipConfig, Paper, register_aggregator
 
 __all__ = ["FGRA", "GAM", "FGRACriterion", "SpatialAttention", "TemporalAlignment", "TemporalAttention"]
@@ -284,6 +284,7 @@ class FGRACriterion(Criterion):
             raise TypeError(f"criterion 'fgra' reads what the aggregator FGRA gives, got {type(aggregator).__name__}.")
         if centres not in ("learned", "clip"):
             raise ValueError(f"centres must be 'learned' or 'clip', got {centres!r}.")
+        check_range(0, consistency_weight=consistency_weight)
         self.weights = {"consistency": consistency_weight}
         self.classifier = initial_classifier(aggregator.num_features, num_classes)
         self.triplet = TripletLoss(margin)
@@ -390,8 +391,8 @@ class FGRA(Aggregator):
         temporal: str = "alignment",
         spatial: str = "attention",
     ):
-        if num_regions < 1 or reduced_features < 1:
-            raise ValueError(f"num_regions and reduced_features must be >= 1, got {num_regions}, {reduced_features}.")
+        check_range(1, 1000, num_regions=num_regions)
+        check_range(1, reduced_features=reduced_features)
         for option, value, known in (
             ("local_branch", local_branch, ("aligned", "stripes", None)),
             ("temporal", temporal, ("alignment", "attention", "average")),

@@ -22,6 +22,7 @@ from .base import (
     Frames,
     MapKind,
     aggregator_of,
+    check_range,
     frame_vectors,
     initial_classifier,
     weighted_sum,
@@ -299,7 +300,7 @@ class GLTR(Aggregator):
     Args:
         in_features: C.
         embed_features: d.
-        branches: N, of the pyramid; their rates are 1, 2, 4, ...
+        branches: N, of the pyramid, at most 16; their rates are 1, 2, 4, ...
         pyramid: ``dilated``, ``undilated`` or ``pooling`` (see :class:`DTP`).
         normalize: ``softmax`` or ``none`` (see :class:`TSA`).
         dtp: False: TSA alone, on the frame embeddings (the paper's Table 2); D = d, ``branches`` and ``pyramid`` are
@@ -320,6 +321,10 @@ class GLTR(Aggregator):
         tsa: bool = True,
         start: str = "zero",
     ):
+        check_range(1, embed_features=embed_features)
+        check_range(1, 16, branches=branches)  # the last one sees 65,537 frames
+        if pyramid not in ("dilated", "undilated", "pooling"):
+            raise ValueError(f"GLTR: pyramid must be 'dilated', 'undilated' or 'pooling', got {pyramid!r}.")
         rates = [2**n for n in range(branches)]  # r_n = 2^(n-1), Sec. 3.2
         local = DTP(embed_features, rates, pyramid) if dtp else None
         super().__init__(in_features, embed_features if local is None else local.num_features)
@@ -418,6 +423,7 @@ class ReleasedGLTR(GLTR):
     """
 
     def __init__(self, in_features: int, embed_features: int = 128):
+        check_range(1, embed_features=embed_features)
         dtp = DTP(embed_features, (1, 2, 3), bias=False, keep_input=True)
         Aggregator.__init__(self, in_features, dtp.num_features)
         self.embed = nn.Linear(in_features, embed_features)

@@ -20,6 +20,7 @@ from .base import (
     Details,
     Softmaxed,
     aggregator_of,
+    check_range,
     frame_vectors,
     initial_classifier,
     weighted_sum,
@@ -124,6 +125,7 @@ class GSTACriterion(Criterion):
                 f"criteria 'gsta' and 'star' read the maps that GSTA hands out, got {type(aggregator).__name__}: "
                 "pyramid_weight=0 leaves out the term that needs them."
             )
+        check_range(0, pyramid_weight=pyramid_weight)
         self.weights = {"pyramid": pyramid_weight}
         self.classifier = initial_classifier(aggregator_of(model).num_features, num_classes, bias=False)
         self.triplet = TripletLoss(margin)
@@ -182,6 +184,7 @@ class GSTA(Aggregator):
     def __init__(self, in_features: int, hidden_features: int = 512, start: str = "random"):
         if start not in ("random", "zero"):
             raise ValueError(f"GSTA: start must be 'random' or 'zero', got {start!r}.")
+        check_range(1, hidden_features=hidden_features)
         super().__init__(in_features, in_features)
         self.lstm = ConvLSTM(in_features, hidden_features)
         self.squeeze = nn.Linear(hidden_features, max(1, hidden_features // 16))  # W7, b7

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import masked
 from ..losses import TripletLoss
-from .base import Aggregator, Details, MapKind, frame_vectors, weighted_sum
+from .base import Aggregator, Details, MapKind, check_range, frame_vectors, weighted_sum
 from .pooling import BaselineCriterion
 from .registry import ClipConfig, Paper, register_aggregator
 
@@ -253,6 +253,7 @@ class LOGA(Aggregator):
             raise ValueError(f"LOGA: assembly must be one of {', '.join(assemblies)}, got {assembly!r}.")
         if quality not in ("frames", "features"):
             raise ValueError(f"LOGA: quality must be 'frames' or 'features', got {quality!r}.")
+        check_range(1, clip_length=clip_length, part_size=part_size)
         super().__init__(in_features, 2 * in_features if assembly == "separately" else in_features)
         self.assembly = assembly
         self.maps = {"laq": MapKind(("frames",), "share", "LAQ's w_l (Eq. 6)", over="frames")}

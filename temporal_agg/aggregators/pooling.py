@@ -17,6 +17,7 @@ from .base import (
     Details,
     Softmaxed,
     aggregator_of,
+    check_range,
     frame_vectors,
     initial_classifier,
     weighted_sum,
@@ -195,6 +196,7 @@ class LSTM(Aggregator):
     is_recurrent = True
 
     def __init__(self, in_features: int, hidden_features: int = 512):
+        check_range(1, hidden_features=hidden_features)
         super().__init__(in_features, hidden_features)
         self.input = nn.Linear(in_features, 4 * hidden_features)
         self.recurrent = nn.Linear(hidden_features, 4 * hidden_features, bias=False)

@@ -3,13 +3,13 @@
 import difflib
 import fnmatch
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
 
+from .. import _options
 from ..data.sampling import ClipConfig
 from .base import Aggregator, Criterion
 
@@ -196,8 +196,9 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
         **kwargs: options of that aggregator (see its class).
 
     Raises:
-        ValueError: an unknown name (the message has the nearest ones).
-        TypeError: an unknown option (the message lists the options it has).
+        ValueError: an unknown name (the message has the nearest ones), or a number out of an option's range.
+        TypeError: an unknown option (the message lists the options it has), or a value of another type than the class
+            declares.
 
     Example:
         >>> import torch
@@ -207,7 +208,8 @@ def create_aggregator(name: str, in_features: int, **kwargs) -> Aggregator:
         torch.Size([2, 384])
     """
     entry = registry_entry(name)
-    _check_options(f"aggregator {name!r}", aggregator_options(name), kwargs)
+    _options.check(f"aggregator {name!r}", entry.build, {"in_features": in_features, **kwargs}, ("in_features",))
+    _options.check_sizes(f"aggregator {name!r}: ", kwargs)
     aggregator = entry.build(in_features, **kwargs)
     aggregator.config = {"name": name, "in_features": in_features, **kwargs}
     return aggregator
@@ -224,8 +226,10 @@ def create_criterion(name: str, num_classes: int, model: nn.Module, **kwargs) ->
         **kwargs: options of that criterion (see its class).
 
     Raises:
-        ValueError: an unknown name (the message has the nearest ones), or fewer than one class.
-        TypeError: an unknown option, or a model that does not give what the criterion reads.
+        ValueError: an unknown name (the message has the nearest ones), fewer than one class, or a number out of an
+            option's range.
+        TypeError: an unknown option, a value of another type than the class declares, or a model that does not give
+            what the criterion reads.
 
     Example:
         >>> import torch
@@ -239,8 +243,7 @@ def create_criterion(name: str, num_classes: int, model: nn.Module, **kwargs) ->
         >>> losses["loss"].backward()
     """
     build = _known(name, "criterion", _CRITERIA)
-    options = [p for p in inspect.signature(build).parameters if p not in ("num_classes", "model")]
-    _check_options(f"criterion {name!r}", options, kwargs)
+    _options.check(f"criterion {name!r}", build, {"num_classes": num_classes, **kwargs}, ("num_classes", "model"))
     return build(num_classes, model, **kwargs)
 
 
@@ -277,10 +280,3 @@ def _check_new(name: str, what: str, registered: Mapping[str, object]) -> None:
         raise ValueError(
             f"the name of {what} has letters, digits and _ only, and does not start with a digit, got {name!r}."
         )
-
-
-def _check_options(what: str, options: list[str], given: Mapping[str, object]) -> None:
-    if unknown := sorted(set(given) - set(options)):
-        raise TypeError(f"{what} has no option {', '.join(unknown)}; it has: {', '.join(options) or 'none'}.")
-    if nan := [key for key, value in given.items() if isinstance(value, float) and math.isnan(value)]:
-        raise ValueError(f"{what}: {', '.join(nan)} must be a number, got nan.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import masked
-from .base import Aggregator, Details, Frames, frame_vectors
+from .base import Aggregator, Details, Frames, check_range, frame_vectors
 from .registry import ClipConfig, register_aggregator
 
 __all__ = ["Purity", "Robust", "biweight_mean", "geometric_median", "outlier_mask", "tracklet_purity"]
@@ -102,12 +102,13 @@ def biweight_mean(
         ``[B, C]``, at least float32; and the last round's weights ``[B, T]``, from 0 to 1, 0 for padding.
 
     Raises:
-        ValueError: ``c`` not above 1 (then fewer than half of the frames would count), no round, unknown ``start``.
+        ValueError: ``c`` not above 1, no round or more than 1000, or an unknown ``start``.
     """
-    if not c > 1 or rounds < 1 or start not in ("median", "mean"):
-        raise ValueError(
-            f"expected c > 1, rounds >= 1 and start 'median' or 'mean', got c={c}, rounds={rounds}, start={start!r}."
-        )
+    if not c > 1:
+        raise ValueError(f"c must be above 1, got {c}: fewer than half of the frames would count.")
+    check_range(1, 1000, rounds=rounds)
+    if start not in ("median", "mean"):
+        raise ValueError(f"start must be 'median' or 'mean', got {start!r}.")
     mask = masked.all_real(x) if mask is None else mask
     x = masked.zero(masked.at_least_float32(x), mask)
     centre = masked.mean(x, mask) if start == "mean" else geometric_median(x, mask, rounds)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .._files import read_text
+from .._files import read_number, read_text
 from .readers import read_table
 
 __all__ = ["LAYOUTS", "Box", "Boxes", "Layout", "crop", "people_in", "read_boxes"]
@@ -231,7 +231,7 @@ def _is_header(line: str) -> bool:
 
 def _number(word: str) -> float | None:
     try:
-        return float(word)
+        return read_number(word)
     except ValueError:
         return None
 

@@ -70,7 +70,8 @@ class Tracklet:
     optical flow) can stand in for it.
 
     Args:
-        frames: paths of image files, or uint8 RGB arrays ``[h, w, 3]`` that are in memory already.
+        frames: paths of image files, or uint8 RGB arrays ``[h, w, 3]`` that are in memory already. Each may have a size
+            of its own, as the boxes of a tracker have: each is resized to what the model takes.
         pid: the identity, from 0; -1 = junk: never trained on, ignored in evaluation.
         camera: from 0; -1 = unknown.
         name: what messages call it.

@@ -5,16 +5,16 @@ import inspect
 import json
 import math
 import os
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .._files import read_json
+from .._options import LARGEST, check_types, fits
 from .._version import __version__
 from ..aggregators.registry import ClipConfig, create_aggregator, registry_entry
 from .encoder import FrameEncoder, create_encoder, encoder_class, name_aliases
@@ -25,7 +25,6 @@ __all__ = ["build", "describe", "read"]
 
 CONFIG = "config.json"
 FORMAT = 1
-LARGEST = 2**16  # of all whole numbers in a config: sizes, widths and counts
 _KINDS: dict[str, type] = {
     "format": int,
     "architecture": str,
@@ -205,13 +204,13 @@ def _check_data(data: dict[str, Any], img_size: list[int]) -> None:
     if data.keys() != set(_DATA):
         raise ValueError(f"data_config must have {', '.join(_DATA)} and nothing else, got {', '.join(data) or 'none'}.")
     size, interpolation = data["input_size"], data["interpolation"]
-    if not _fits(size, tuple[int, int, int]) or size[0] != 3 or min(size) < 1:
+    if not fits(size, tuple[int, int, int]) or size[0] != 3 or min(size) < 1:
         raise ValueError(f"data_config.input_size must be [3, height, width], got {size!r}.")
     if size[1:] != img_size:
         raise ValueError(f"data_config.input_size is {size}, but encoder.img_size {img_size}: they must be the same.")
     for key in ("mean", "std"):
         least = 1e-6 if key == "std" else -_BRIGHTEST
-        if not _fits(data[key], tuple[float, float, float]) or not all(least <= x <= _BRIGHTEST for x in data[key]):
+        if not fits(data[key], tuple[float, float, float]) or not all(least <= x <= _BRIGHTEST for x in data[key]):
             raise ValueError(
                 f"data_config.{key} must be three numbers from {least} to {_BRIGHTEST}, got {data[key]!r}."
             )
@@ -236,38 +235,9 @@ def _check_options(part: str, said: dict[str, Any], build: Callable[..., Any]) -
     if unknown := sorted(said.keys() - (parameters.keys() - _NOT_IN_CONFIG) - {"name"}):
         raise ValueError(f"this version's {part} has no option {', '.join(unknown)}.")
     try:
-        hints = get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
-    except NameError:  # annotations that only type checkers can read
-        return
-    for key, value in said.items():
-        if key in hints and not _fits(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
-            raise ValueError(f"{part}.{key} must be {wanted}, got {value!r}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that JSON can hold is of the annotated type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in args)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in args)
-    if hint is type(None) or hint is None:
-        return value is None
-    if hint is float:
-        return type(value) in (int, float)
-    if hint in (bool, int, str):
-        return type(value) is hint
-    kind = origin or hint
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return isinstance(value, dict)
-    if isinstance(kind, type) and issubclass(kind, Sequence):
-        if not isinstance(value, (list, tuple)):
-            return False
-        if kind is tuple and args and args[-1] is not Ellipsis:
-            return len(value) == len(args) and all(_fits(item, one) for item, one in zip(value, args, strict=True))
-        return not args or all(_fits(item, args[0]) for item in value)
-    return not isinstance(kind, type)
+        check_types(f"{part}.", build, said)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _left_out(config: dict[str, Any]) -> list[str]:

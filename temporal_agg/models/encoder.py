@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._options import check_sizes, check_types
 from .inputs import check_images, fastest_memory_format
 
 __all__ = ["FrameEncoder", "create_encoder", "register_encoder"]
@@ -320,10 +321,15 @@ def create_encoder(backbone: str, **options: Any) -> FrameEncoder:
         **options: of :class:`FrameEncoder`, or of the class that the prefix stands for (:class:`StarEncoder`).
 
     Raises:
-        TypeError: an option that it does not have.
+        TypeError: an option that it does not have, or a value of another type than the class declares.
         ValueError: as :class:`FrameEncoder`.
     """
-    return encoder_class(backbone)(backbone, **options)
+    build = encoder_class(backbone)
+    checked_there = ("img_size", "last_stride")  # which say more about what may be meant
+    others = {key: value for key, value in options.items() if key not in checked_there}
+    check_types(f"encoder of {backbone!r}: ", build, others)
+    check_sizes(f"encoder of {backbone!r}: ", others)
+    return build(backbone, **options)
 
 
 def tested_with_prefix() -> list[str]:

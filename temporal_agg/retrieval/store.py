@@ -56,7 +56,7 @@ class Embeddings(NamedTuple):
         normalized: whether every embedding has length 1.
         frames: what the files of each tracklet looked like (names, sizes, times); "" = unknown.
         start: the number in the file name of each tracklet's first frame, -1 where there is none.
-        end: the same of its last frame.
+        end: the same of its last frame; below ``start`` where names do not count upwards.
         purity: how little each tracklet looks like two people, -1 to 1 (:func:`~temporal_agg.tracklet_purity`), NaN =
             unknown; None = unknown for all.
         change: the place, from 0 on, of the frame from which it would show the second one, -1 = unknown.
@@ -345,6 +345,12 @@ def _check(found: Embeddings, what: str) -> None:
     unknown = [-1] * shape[0]
     for name, pid, camera in zip(found.names, found.pids or unknown, found.cameras or unknown, strict=True):
         check_ids(pid, camera, f"{what} (pids and cameras of {name!r})")
+    for field in ("start", "end", "change"):
+        if (least := min(getattr(found, field) or [0])) < -1:
+            raise ValueError(f"{what} has {least} in {field}, where frames are counted from 0, and -1 is unknown")
+    wrong = next((score for score in found.purity or [] if abs(score) > 1), None)  # NaN is unknown
+    if wrong is not None:
+        raise ValueError(f"{what} has a purity of {wrong}, which is from -1 to 1, or NaN where it is unknown")
     if found.marks is not None and any(len(mark) % 8 for mark in found.marks):
         raise ValueError(f"{what} should have marks of 8 bytes for each frame")
     if found.distance not in ("cosine", "euclidean", "dot"):

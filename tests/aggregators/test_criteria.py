@@ -89,7 +89,7 @@ def test_errors_name_what_exists():
     with pytest.raises(ValueError, match="num_classes"):
         create_criterion("baseline", 0, aggregator)
     for option in ("margin", "label_smoothing"):
-        with pytest.raises(ValueError, match=f"criterion 'baseline': {option} must be a number, got nan"):
+        with pytest.raises(ValueError, match=f"criterion 'baseline': {option} must be a finite number, got nan"):
             create_criterion("baseline", 5, aggregator, **{option: float("nan")})
     with pytest.raises(ValueError, match="label_smoothing must be a share"):
         create_criterion("baseline", 5, aggregator, label_smoothing=2)

@@ -317,7 +317,7 @@ def test_errors_say_what_to_do():
         GLTR(C, pyramid="wide")
     with pytest.raises(ValueError, match="'softmax' or 'none', got 'sum'"):
         GLTR(C, normalize="sum")
-    with pytest.raises(ValueError, match=r"integers >= 1, got \[\]"):
+    with pytest.raises(ValueError, match="branches must be from 1 to 16, got 0"):
         GLTR(C, branches=0)
     with pytest.raises(ValueError, match=r"got \(0, 1\)"):
         DTP(d, (0, 1))

@@ -330,11 +330,14 @@ def test_defaults_follow_the_recipe():
 
 
 def test_errors_say_what_came():
-    for wrong in ([], ["pooled", "median"], "pooled"):
+    for wrong in ([], ["pooled", "median"]):
         with pytest.raises(ValueError, match="pooled, memory, global and mean"):
             create_aggregator("grl", C, parts=wrong)
-    for wrong in ([], ["forward", "forward"], "forward", ["up"]):
+    for wrong in ([], ["forward", "forward"], ["up"]):
         with pytest.raises(ValueError, match="'forward', 'backward' or both"):
             create_aggregator("grl_released", C, directions=wrong)
+    for option in ({"parts": "pooled"}, {"directions": "forward"}):
+        with pytest.raises(TypeError, match=f"{next(iter(option))} must be a list of strings"):
+            create_aggregator("grl", C, **option)
     with pytest.raises(ValueError, match="more than one value per channel"):
         create_aggregator("grl", C)(torch.rand(1, T, C, H, W))

@@ -85,9 +85,11 @@ def test_grl_with_some_losses():
         if "global" in losses:
             want = oim(tables["losses.global.table"], details.supervised["global"], LABELS.roll(1))
             torch.testing.assert_close(terms["global"], want, **exact)
-    for wrong in ([], ["frames"], "frame"):
+    for wrong in ([], ["frames"]):
         with pytest.raises(ValueError, match="frame, video, global and verification"):
             build("grl", losses=wrong)
+    with pytest.raises(TypeError, match="losses must be a list of strings, got 'frame'"):
+        build("grl", losses="frame")
 
 
 def test_grl_released():

@@ -146,10 +146,15 @@ def test_gradients():
 
 
 def test_errors_say_what_came():
-    for wrong in ({"c": 1.0}, {"rounds": 0}, {"start": "medoid"}):
-        with pytest.raises(ValueError, match="c > 1, rounds >= 1 and start 'median' or 'mean'"):
+    for wrong, message in (
+        ({"c": 1.0}, "c must be above 1, got 1.0"),
+        ({"rounds": 0}, "rounds must be from 1 to 1000, got 0"),
+        ({"rounds": 1001}, "got 1001"),
+        ({"start": "medoid"}, "start must be 'median' or 'mean', got 'medoid'"),
+    ):
+        with pytest.raises(ValueError, match=message):
             create_aggregator("robust", 8, **wrong)
-    with pytest.raises(ValueError, match="c must be a number, got nan"):
+    with pytest.raises(ValueError, match="c must be a finite number, got nan"):
         create_aggregator("robust", 8, c=float("nan"))
 
 

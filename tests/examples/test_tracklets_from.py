@@ -322,22 +322,26 @@ def test_mot_frames_of_other_kinds(tmp_path, monkeypatch):
 def test_mot_unreadable_frames_are_listed_at_once(tmp_path, monkeypatch, capsys):
     main = load("tracklets_from_mot", monkeypatch)
     folder = simple(tmp_path / "walk", [PERSON])
-    bad = [folder / "img1" / f"{f:06d}.jpg" for f in (3, 5, 9)]
+    bad = [folder / "img1" / f"{f:06d}.jpg" for f in (3, 5, 9, 11)]
     bad[0].write_bytes(b"no image")
     bad[1].write_bytes(bad[1].read_bytes()[:-300])
     bad[2].unlink()
+    with Image.open(bad[3]) as image:  # its boxes would show other places
+        size = image.size
+        image.resize((size[0] // 2, size[1])).save(bad[3])
     out = tmp_path / "people"
-    with pytest.raises(SystemExit, match="3 frames cannot be read; --skip-unreadable leaves them out") as error:
+    with pytest.raises(SystemExit, match="4 frames cannot be read; --skip-unreadable leaves them out") as error:
         main([str(folder), "--out", str(out), *PLAIN])
     said = str(error.value)
     assert str(bad[0]) in said
     assert str(bad[1]) in said
     assert "boxes in frame 9, but no image" in said
+    assert f"{bad[3]} has {size[0] // 2}x{size[1]} pixels, where the first frame has {size[0]}x{size[1]}." in said
     assert not list(out.glob("train/*/[0-9]*"))
     main([str(folder), "--out", str(tmp_path / "skip"), *PLAIN, "--skip-unreadable"])
-    assert written(tmp_path / "skip", shift=1) == {(1, 0): [[f for f in range(12) if f not in (2, 4, 8)]]}
+    assert written(tmp_path / "skip", shift=1) == {(1, 0): [[f for f in range(12) if f not in (2, 4, 8, 10)]]}
     captured = capsys.readouterr()
-    assert "3 frames cannot be read and are left out" in captured.err
+    assert "4 frames cannot be read and are left out" in captured.err
     assert str(bad[0]) in captured.err
     assert (tmp_path / "skip" / "contact_sheet.jpg").is_file()
 

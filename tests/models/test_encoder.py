@@ -9,6 +9,7 @@ from torch import nn
 from versions import OLD_TIMM, skip_without
 
 from temporal_agg.models import FrameEncoder
+from temporal_agg.models.encoder import create_encoder
 
 SMALL = (64, 32)
 
@@ -297,3 +298,24 @@ def test_frames_are_checked():
         encoder(x.byte())
     with pytest.raises(ValueError, match="star_"):
         encoder(x, torch.randn(2, 2, 64, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "resnet10t",
+            {"grad_checkpointing": "x"},
+            TypeError,
+            r"checkpointing must be True or False, got 'x' \(str",
+        ),
+        ("resnet10t", {"backbone_kwargs": "x"}, TypeError, "backbone_kwargs must be a dict or None, got 'x'"),
+        ("lsta_resnet10t", {"width": "8"}, TypeError, "encoder of 'lsta_resnet10t': width must be a whole number"),
+        ("lsta_resnet10t", {"width": 10**9}, ValueError, "width must be at most 65,536, got 1000000000"),
+        ("lsta_resnet10t", {"flow_scale": []}, TypeError, r"flow_scale must be a number, got \[\]"),
+        ("resnet10t", {"img_size": 256}, ValueError, r"such as \(256, 128\), got 256"),
+    ],
+)
+def test_options_of_wrong_types_are_named(name, options, error, message):
+    with pytest.raises(error, match=message):
+        create_encoder(name, **options)

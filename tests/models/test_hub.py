@@ -268,7 +268,7 @@ def test_models_built_by_hand_say_how_to_build_them(model, tmp_path):
         ({"architecture": "max_test_resnet"}, "but encoder and aggregator make 'lstm_test_resnet'"),
         ({"encoder": {**ENCODER, "new": 1}}, r"encoder has no option new"),
         ({"encoder": {**ENCODER, "pretrained": True}}, r"encoder has no option pretrained"),
-        ({"encoder": {**ENCODER, "last_stride": "1"}}, r"encoder\.last_stride must be int \| None, got '1'"),
+        ({"encoder": {**ENCODER, "last_stride": "1"}}, r"encoder\.last_stride must be a whole number or None, got '1'"),
         ({"encoder": {"backbone": "test_resnet"}}, r"encoder\.last_stride, encoder\.img_size"),
         ({"encoder": {**ENCODER, "backbone_kwargs": {"act_layer": "evil"}}}, "describes no model that can be built"),
         ({"aggregator": {"name": "lstm", "in_features": 96, "hidden_features": 8, "new": 1}}, "no option new"),

@@ -97,7 +97,7 @@ def run(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    for name in ("train", "evaluate", "study", "publish", "speed", "robust", "tracklets_from_mot"):
+    for name in ("train", "evaluate", "study", "publish", "speed", "robust", "mot", "ward", "tracklets_from_mot"):
         importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

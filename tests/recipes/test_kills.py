@@ -1,9 +1,9 @@
 """Killed before any write of any command, the same command comes to the same files.
 
-Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study, robust and speed's
-page, and the example that cuts tracklets out of sequences; ward writes as robust does, and trains by train. In
-tests/test_cli_kills.py: embed (also by several processes, and to Parquet), append, search -o, index, merge, link,
-export. In tests/models/test_hub.py: save_pretrained.
+Here: train (one process, two, stages), evaluate, publish (with its manifest), compute_flow, study, robust, ward, mot
+and speed's page, and the example that cuts tracklets out of sequences. In tests/test_cli_kills.py: embed (also by
+several processes, and to Parquet), append, search -o, index, merge, link, export. In tests/models/test_hub.py:
+save_pretrained.
 """
 
 import hashlib
@@ -16,8 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks_on_disk import make_ward
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,6 +31,7 @@ pytestmark = [
 
 # Kills of one command: if it writes more often, before every rename, and before others evenly spread.
 MOST = int(os.environ.get("KILLS", 4))
+minutes = pytest.mark.skipif("KILLS" not in os.environ, reason="whole studies again and again: KILLS=2 runs it")
 DATA = ["--data", "synthetic", "--data-options", "num_identities=4", "num_cameras=2", "length=[1,2]", "size=[32,16]"]
 TINY = [*DATA, "--size", "32x16", "--clip-length", "1", "--identities", "2", "--clips", "2", "--device", "cpu"]
 TINY += ["--workers", "0", "--pad", "0", "--model", "mean_resnet10t", "--no-eval-untrained", "--name", "run"]
@@ -225,6 +231,41 @@ def test_robust_and_the_page_of_speed(server, tmp_path):
     kill_everywhere(server, tmp_path, "robust", argv, start, setup=setup)
 
 
+MOT = """
+import sys, types, mot
+from matplotlib.figure import Figure
+mot.PART, mot.FRAMES, mot.GAPS, mot.THRESHOLDS, mot.figure = 4, (1, 2), (1,), (0.1,), lambda study: Figure((1, 1))
+def evaluate(truth, rows, metrics):  # of two files; what their evaluation says is another test's
+    share = len(rows.read_text()) / len(truth.read_text())
+    clear, hota = types.SimpleNamespace(MOTA=share, IDSW=0), types.SimpleNamespace(HOTA=share, AssA=share)
+    return types.SimpleNamespace(CLEAR=clear, HOTA=hota, Identity=types.SimpleNamespace(IDF1=share))
+package, part = types.ModuleType("trackers"), types.ModuleType("trackers.eval")
+part.evaluate_mot_sequence = evaluate
+sys.modules.update({"trackers": package, "trackers.eval": part})
+def tracked(found, last, options):
+    chosen = [(int(f), 1 + (x > 20), [x, y, right, bottom]) for f, x, y, right, bottom, _ in found]
+    return mot.Rows(*map(mot.np.array, zip(*chosen)))
+mot.tracked = tracked
+"""
+
+
+@minutes
+def test_mot(server, tmp_path, trained):
+    start = shutil.copytree(trained, tmp_path / "start")
+    for name in ("img1", "gt", "det"):
+        (start / "seq" / name).mkdir(parents=True)
+    rows = [(frame, person) for frame in range(1, 7) for person in (1, 2)]
+    for frame in range(1, 7):
+        Image.effect_noise((60, 60), 50).save(start / f"seq/img1/{frame:06d}.jpg")
+    lines = [f"{frame},{person},{20 * person},5,9,50,1,1,1\n" for frame, person in rows]
+    (start / "seq/gt/gt.txt").write_text("".join(lines))
+    lines = [f"{frame},-1,{20 * person},4,9,50,0.9\n" for frame, person in rows]
+    (start / "seq/det/det.txt").write_text("".join(lines))
+    argv = ["{}/seq", "--model", "{}/runs/run", "--out", "{}/mot", "--results", "{}/results", "--least", "2"]
+    made = kill_everywhere(server, tmp_path, "mot", argv, start, setup=MOT)
+    assert {"results/mot.json", "results/mot.md", "results/mot.png", "mot/tracks-000004.safetensors"} <= set(made)
+
+
 STUDY = """
 import dataclasses, study
 size = study.Size(channels=(8, 16, 32, 64), size=(32, 16), people=4, length=(2, 3), frames=2, identities=2,
@@ -233,7 +274,27 @@ study.Size = lambda: size
 """
 
 
-@pytest.mark.skipif("KILLS" not in os.environ, reason="each kill is a whole study anew: minutes; KILLS=2 runs it")
+@minutes
 def test_study(server, tmp_path):
     argv = ["--out", "{}", "--only", "mean", "--seeds", "2", "--device", "cpu"]
     kill_everywhere(server, tmp_path, "study", argv, setup=STUDY, most=min(8, MOST))
+
+
+WARD = """
+import ward
+from temporal_agg.data.benchmarks import PUBLISHED
+size = ward.Size(backbone="lcnet_035", size=(32, 32), frames=3, identities=2, epochs=1, encoder_epochs=1,
+                 rates=((1e-3, 2.0),), shares=(("foreign", 0.5), ("bad boxes", 0.5)), splits=(1,))
+ward.Size = lambda: size
+counts = {"persons": 6, "cameras": 3, "tracklets": 18, "frames": 90}
+PUBLISHED["ward"] = PUBLISHED["ward"]._replace(counts=counts)
+"""
+
+
+@minutes
+def test_ward(server, tmp_path):
+    root = make_ward(tmp_path / "data", 6, 4, size=(16, 32))
+    save_file(timm.create_model("lcnet_035", num_classes=0).state_dict(), tmp_path / "imagenet.safetensors")
+    argv = ["--root", str(root), "--backbone-weights", str(tmp_path / "imagenet.safetensors"), "--out", "{}/runs"]
+    argv += ["--results", "{}/results", "--only", "mean", "--device", "cpu"]
+    kill_everywhere(server, tmp_path, "ward", argv, setup=WARD, most=min(20, MOST))

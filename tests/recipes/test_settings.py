@@ -65,6 +65,8 @@ def test_a_setting_that_makes_no_sense_is_refused(refused, argv, message):
         (b"lr: !!python/none", "is no valid YAML"),
         (b"lr: 1\nseed: 2\nlr: 3", "'lr' stands there twice"),
         (b"data_options: {size: 1, size: 2}", "'size' stands there twice"),
+        (b"epochs: 1_0", "'1_0' is no number that everybody reads alike"),
+        (b"lr: 1_0.5", "'1_0.5' is no number"),
         (b"epochs: 010", "'010' is no number that everybody reads alike"),
         (b"epochs: 1:30", "'1:30' is no number that everybody reads alike"),
         (b"lr: 1:30.5", "'1:30.5' is no number that everybody reads alike"),

@@ -126,6 +126,21 @@ def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(rec
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"other settings \(lr: 0.001 there, 0.5 now\)"):
         recipe("train").main([*argv, "--lr", "0.5"])
+    run = tmp_path / "one"
+    for name, damage in (
+        ("config.json", Path.unlink),
+        ("config.json", lambda path: path.write_text(path.read_text()[:-9])),
+        ("model.safetensors", Path.unlink),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    ):
+        whole = (run / name).read_bytes()
+        damage(run / name)
+        with pytest.raises(SystemExit, match=rf"metrics\.json says .* finished, but .*{name}.* delete metrics\.json"):
+            recipe("train").main(argv)
+        (run / "metrics.json").unlink()
+        again = recipe("train").main(argv)["mean_resnet10t"][0]
+        assert again["map"] == first["mean_resnet10t"][0]["map"]
+        assert (run / name).read_bytes() == whole
 
 
 @pytest.mark.slow

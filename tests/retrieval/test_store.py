@@ -190,6 +190,12 @@ BAD = {
     "identities below -1": ("pids", np.array([0, -2])),
     "cameras below -1": ("cameras", np.array([-1, -3])),
     "identities beyond int64": ("pids", np.array([0, 2**63], np.uint64)),
+    "a first frame below -1": ("start", np.array([0, -2])),
+    "a last frame below -1": ("end", np.array([-(2**62), 3])),
+    "a change below -1": ("change", np.array([-1, -2])),
+    "a purity above 1": ("purity", np.array([np.nan, 1.001])),
+    "an infinite purity": ("purity", np.array([-np.inf, 1], np.float32)),
+    "purities of integers": ("purity", np.array([0, 1])),
     "identities of floats": ("pids", np.array([1.0, 2.0])),
     "identities of flags": ("pids", np.array([True, False])),
     "too many identities": ("pids", np.arange(3)),
@@ -289,6 +295,15 @@ def test_other_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install temporal-agg\[parquet\]"):
         store.write_embeddings(tmp_path / "a.parquet", embeddings())
+    with pytest.raises(ValueError, match=r"a purity of 2, which is from -1 to 1, or NaN"):
+        store.write_embeddings(tmp_path / "a.npz", embeddings(names=["x", "y"], purity=[0.5, 2]))
     with pytest.raises(ValueError, match="2 embeddings and 3 names"):
         store.write_embeddings(tmp_path / "a.npz", embeddings(names=["x", "y"])._replace(names=["x", "y", "z"]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_number_of_a_frame_and_a_purity_may_be(kind, tmp_path):
+    """The ends of their ranges, and frames whose names count downwards."""
+    found = embeddings(names=["a", "b", "c"], start=[-1, 0, 9], end=[-1, 0, 2], purity=[-1.0, 1.0, 0.0])
+    store.write_embeddings(tmp_path / f"a{kind}", found)
+    assert_equal(read_embeddings(tmp_path / f"a{kind}"), found)

@@ -29,9 +29,10 @@ def test_boxes_with_and_without_a_head(mot, tmp_path):
     for head in ("", "frame,id,bb_left,bb_top,bb_width,bb_height,conf,x,y,z\n"):
         (tmp_path / "det.txt").write_text(head + lines)
         assert mot.detections(tmp_path / "det.txt").tolist() == [[1, 10, 20, 40, 60, 0.5], [2, 1, 2, 4, 6, 0.9]]
-    (tmp_path / "det.txt").write_text(lines + "3,-1,left\n")
-    with pytest.raises(ValueError, match=r"det\.txt, line 3: expected frame,id,left"):
-        mot.detections(tmp_path / "det.txt")
+    for wrong in ("3,-1,left", "3,-1,1,2,3,4,1_0", "3,-1,1,2,inf,4,1", "3,-1,1,2,3,4"):
+        (tmp_path / "det.txt").write_text(f"{lines}{wrong}\n")
+        with pytest.raises(ValueError, match=r"det\.txt, line 3: expected frame,id,left"):
+            mot.detections(tmp_path / "det.txt")
 
 
 def test_the_moving_average_is_its_formula(mot):
