@@ -600,12 +600,14 @@ def is_below(variants: dict, name: str, other: str) -> bool:
 
 
 def against_papers(variants: dict) -> str:
-    """Every paper has its system above the average of the frames: which are not, and what the controls say of it."""
+    """Every paper has its system above the average of its frames: which are not, and what the controls say of it."""
     lines = []
     for name in [name for name in SYSTEMS if is_below(variants, name, REFERENCE)]:
         held = []
         if is_below(variants, f"mean: {name}'s loss", REFERENCE):
             held.append("mean pooling with its loss is, too, so its loss is a reason")
+        if is_below(variants, name, f"{name}: common loss"):
+            held.append("it is higher with the common loss, so its own loss is a reason")
         if is_below(variants, f"{name}: common loss", REFERENCE):
             held.append("it is with the common loss, too, so its aggregator is a reason")
         why = "; ".join(held) or "no control is, so the reason is not known"

@@ -162,5 +162,5 @@ def test_tracker(example, reid):
 def test_search_finds_the_same_person(example, capsys):
     found = example("search").search(query=0, k=3)
     assert [line[:2] for line in capsys.readouterr().out.splitlines()[-3:]] == ["1:", "2:", "3:"]
-    query = data.open_dataset("synthetic", num_identities=20, length=(6, 14), size=(64, 32), seed=100).query[0]
+    query = data.open_dataset("synthetic", num_identities=20, length=(6, 14), size=(128, 64), seed=100).query[0]
     assert query.pid in [t.pid for t in found]

@@ -1,0 +1,58 @@
+"""The weights in hub/ load, and their cards say what was measured."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import temporal_agg
+from temporal_agg import data, retrieval
+
+ROOT = Path(__file__).parents[2]
+HUB = sorted(file.parent for file in (ROOT / "hub").glob("*/model.safetensors"))
+(DEMONSTRATION,) = [directory for directory in HUB if directory.name.endswith(".synthetic")]
+OF_WARD = [directory for directory in HUB if directory.name.endswith(".ward")]
+
+
+@pytest.mark.slow
+def test_demonstration_weights_give_their_metrics():
+    model = temporal_agg.create_model(f"local-dir:{DEMONSTRATION}")
+    settings = json.loads((DEMONSTRATION / "settings.json").read_text())["settings"]
+    metrics = json.loads((DEMONSTRATION / "metrics.json").read_text())
+    dataset = data.open_dataset("synthetic", **settings["data_options"])
+    sides = (dataset.query, dataset.gallery)
+    query, gallery = (temporal_agg.embed_tracklets(model, side, progress=False) for side in sides)
+    ids = [[getattr(t, key) for t in side] for side in sides for key in ("pid", "camera")]
+    got = retrieval.evaluate(retrieval.distances(query, gallery, model.clip.distance), *ids)
+    assert got.map == pytest.approx(metrics["map"], abs=1e-3)
+    assert got.rank(1) == pytest.approx(metrics["rank1"], abs=1e-3)
+    assert f"| this model | {100 * metrics['map']:.1f} |" in (DEMONSTRATION / "README.md").read_text()
+
+
+@pytest.mark.parametrize("directory", OF_WARD, ids=lambda directory: directory.name)
+def test_weights_trained_on_all_of_wards_people_show_what_halves_reach(directory):
+    """What their own training has seen says nothing; each half was tested by a model that had not seen it."""
+    record = json.loads((ROOT / "recipes" / "benchmarks" / "results" / "ward.json").read_text())
+    runs = record["results"][directory.name.partition("_mobilenetv2")[0]].values()
+    card = (directory / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if f"has not seen ({len(runs)} halves)" in line]
+    mean_ap, rank1 = (100 * np.mean([run[key] for run in runs]) for key in ("map", "rank1"))
+    assert f"| {mean_ap:.1f} | {rank1:.1f} |" in line
+    assert json.loads((directory / "settings.json").read_text())["settings"]["data_options"] == {"everybody": True}
+    assert "BSD-3-Clause" in card
+
+
+@pytest.mark.parametrize("directory", OF_WARD, ids=lambda directory: directory.name)
+def test_weights_tell_figures_apart_that_nobody_trained_on(directory):
+    model = temporal_agg.create_model(f"local-dir:{directory}")
+    people = data.open_dataset("synthetic", num_identities=6, num_cameras=2, length=(10, 12), size=(128, 64), seed=3)
+    sides = (people.query, people.gallery)
+    query, gallery = (temporal_agg.embed_tracklets(model, side, progress=False) for side in sides)
+    found = retrieval.evaluate_tracklets(retrieval.distances(query, gallery, model.clip.distance), *sides)
+    assert found.map > 0.5  # by chance: 0.41
+
+
+def test_every_file_of_weights_is_small():
+    assert OF_WARD
+    assert all((directory / "model.safetensors").stat().st_size < 12e6 for directory in HUB)
