@@ -130,7 +130,7 @@ def card(
         results="\n".join(rows),
         flow=FLOW if model.encoder.uses_flow else "",
         how="" if "measured" in metrics else ONE_RUN,
-        worth=DEMONSTRATION if data == "synthetic" else "",
+        worth=DEMONSTRATION + " " if data == "synthetic" else "",
         citation=f"```bibtex\n{paper.bibtex}\n```" if paper else "None: a baseline.",
     )
 

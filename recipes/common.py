@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -582,7 +583,7 @@ def environment(device: str | torch.device, processes: int = 1) -> dict:
     """What results depend on beside settings."""
     device = torch.device(device)
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "git": git_revision(),
         "temporal_agg": temporal_agg.__version__,
         "python": platform.python_version(),

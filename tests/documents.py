@@ -22,6 +22,7 @@ PARSERS = {  # a script that is not here takes no argument
     "recipes/evaluate.py": "parse",
     "recipes/benchmarks/study.py": "parse",
     "recipes/benchmarks/ward.py": "parse",
+    "recipes/benchmarks/ward_weights.py": "parse",
     "recipes/train.py": "parse_settings",
 }
 PLAIN = ("python3 -m venv .venv", ". .venv/bin/activate")

@@ -18,7 +18,7 @@ from temporal_agg.aggregators import registry
 
 DOCS = documents.ROOT / "docs"
 KINDS = ("py:class", "py:exception", "py:function", "py:module")
-SLOW = tuple(f"recipes/benchmarks/{name}.py" for name in ("mot", "robust", "speed", "study", "ward"))
+SLOW = tuple(f"recipes/benchmarks/{name}.py" for name in ("mot", "robust", "speed", "study", "ward", "ward_weights"))
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(documents.blocks(page))]
 PARSED = ("benchmarks",)  # what these pages run wants data sets that nobody may pass on
 MET_FIRST = [  # each with an example that runs

@@ -9,6 +9,7 @@ them on. Their metrics are the means over the halves in ward.json, each of a mod
 on; and what they reach on a data set that no model here has seen, beside ImageNet's weights as they are.
 """
 
+import argparse
 import functools
 import sys
 from pathlib import Path
@@ -59,8 +60,7 @@ def measure(
     return metrics, embedded(job)
 
 
-def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[Path]:
-    size = size or ward.Size()
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
     parser.add_argument("names", help="some of: " + ", ".join(ward.SEARCHED))
     parser.add_argument("--root", required=True, help="the clone of the data, or the folder of its images")
@@ -70,10 +70,17 @@ def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[P
     parser.add_argument("--unseen", required=True, help="a data set to test on, name or name:<root>")
     parser.add_argument("--about", default="people that it has never seen", help="what the card says of that data set")
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:<number>")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    names = [name.strip() for name in args.names.split(",")]
-    if unknown := sorted(set(names) - set(ward.SEARCHED)):
+    args = parser.parse_args(argv)
+    args.names = [name.strip() for name in args.names.split(",")]
+    if unknown := sorted(set(args.names) - set(ward.SEARCHED)):
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(ward.SEARCHED)}")
+    return args
+
+
+def main(argv: list[str] | None = None, size: ward.Size | None = None) -> list[Path]:
+    size = size or ward.Size()
+    args = parse(sys.argv[1:] if argv is None else argv)
+    names = args.names
     places = []
     with common.one_line("ward_weights.py"):
         record = ward.read_record(args.results / "ward.json", size)
