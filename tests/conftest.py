@@ -1,6 +1,12 @@
 import gc
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: each of torch's threads would wait for one that another worker has, and burn its time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_pycollect_makemodule():
