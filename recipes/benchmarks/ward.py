@@ -472,14 +472,14 @@ def gap(variants: dict, name: str, other: str, key: str = "clean", metric: str =
 
 def reasons_table(record: dict) -> str:
     """What the systems are before anything of theirs is trained, and without what may hold them back."""
-    systems = {name: system_of(name) for name in REASONS if name in record["results"]}
-    splits, variants = gather(record, [START, *systems, *systems.values()]) if systems else ([], {})
     rows = []
-    for name, system in systems.items() if splits else ():
-        row = [name, comparison.measured(variants, name, "clean"), gap(variants, name, START)]
-        rows.append([*row, gap(variants, system, name)])
-    head = ["", "mAP", f"minus {START}", "the trained system minus this"]
-    return f"On splits {', '.join(map(str, splits))}.\n\n{markdown(head, rows)}" if rows else ""
+    for name in [name for name in REASONS if name in record["results"]]:
+        system = system_of(name)
+        splits, variants = gather(record, [START, system, name])
+        if len(variants) == 3:
+            row = [name, ", ".join(map(str, splits)), comparison.measured(variants, name, "clean")]
+            rows.append([*row, gap(variants, name, START), gap(variants, system, name)])
+    return markdown(["", "splits", "mAP", f"minus {START}", "the trained system minus this"], rows) if rows else ""
 
 
 def main_table(variants: dict, keys: Sequence[str]) -> str:
@@ -528,12 +528,13 @@ def loss_table(variants: dict) -> str:
 
 
 def cost_table(record: dict, variants: dict) -> str:
-    rows = []
+    times, rows = record["steps"].get("ms", {}), []
     for name in [name for name in (*POOLINGS, *SYSTEMS) if name in variants]:
-        own, steps = variants[name], record["steps"].get("ms", {}).get(name)
-        numbers = (f"{own['aggregator_parameters']:,}", str(own["num_features"]), own["distance"])
-        rows.append([name, f"{np.median(steps):.0f}" if steps else "", *numbers])
-    return markdown(["", "a step, ms", "parameters of the aggregator", "numbers in an embedding", "distance"], rows)
+        own = variants[name]
+        row = [name, f"{own['aggregator_parameters']:,}", str(own["num_features"]), own["distance"]]
+        rows.append(row + ([f"{np.median(times[name]):.0f}" if name in times else ""] if times else []))
+    head = ["", "parameters of the aggregator", "numbers in an embedding", "distance"]
+    return markdown(head + (["a step, ms"] if times else []), rows)
 
 
 def search_table(record: dict, names: Sequence[str]) -> str:
@@ -655,7 +656,8 @@ cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbon
 is its other half.
 """
     devices = "\n".join("{device}, torch {torch}. `python {command}`".format(**of) for of in record["environments"])
-    of_steps = ", on {device}, {threads} threads".format(**record["steps"]) if record["steps"] else ""
+    of_steps = f"A step is forward, loss, backward and optimiser for {clips} clips, the backbone's part included, on "
+    of_steps = of_steps + "{device}, {threads} threads. ".format(**record["steps"]) if record["steps"] else ""
     search = search_table(record, names)
     search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
     if reasons := reasons_table(record):
@@ -705,8 +707,7 @@ over half of it (occlusion), or the box off its person (bad boxes).
 {rejection}
 ## What it costs
 
-A step is forward, loss, backward and optimiser for {clips} clips, the backbone's part included{of_steps}. Time and
-memory of the aggregators alone, on larger maps: the page on speed.
+{of_steps}Time and memory of the aggregators alone, on larger maps: the page on speed.
 
 {cost_table(record, variants)}
 {search}

@@ -176,7 +176,7 @@ def test_what_a_system_is_before_it_is_trained_stands_beside_what_it_becomes(war
     table = rows((results / "ward.md").read_text().partition("## Before and without")[2])
     trained, mean = (100 * record["results"][name]["1"]["tests"]["clean"]["map"] for name in ("gltr", "start"))
     value = 100 * got["tests"]["clean"]["map"]
-    assert table["start: gltr"][1:] == [f"{value:.1f}", f"{value - mean:+.1f}", f"{trained - value:+.1f}"]
+    assert table["start: gltr"][1:] == ["1", f"{value:.1f}", f"{value - mean:+.1f}", f"{trained - value:+.1f}"]
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_step_is_timed_and_nothing_is_trained(ward, tiny, argv, finished, resu
     assert all(len(times) == 5 and min(times) > 0 for times in record["steps"]["ms"].values())
     assert {**record, "steps": {}} == json.loads(json.dumps(finished))
     cells = rows((results / "ward.md").read_text().partition("## What it costs")[2])["gltr"]
-    assert cells[1] == f"{np.median(record['steps']['ms']['gltr']):.0f}"
+    assert cells[-1] == f"{np.median(record['steps']['ms']['gltr']):.0f}"
 
 
 @pytest.mark.slow
