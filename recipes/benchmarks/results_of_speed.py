@@ -17,15 +17,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
 
 TORCH: dict[str, type] = {"torch": str}
-ABOUT = {
-    "device": str,
-    "command": str,
-    "python": str,
-    **TORCH,
-    "timm": str,
-    "numpy": str,
-    "threads": int,
-}  # what the page says
+# What the page says.
+ABOUT = {"device": str, "command": str, "python": str, **TORCH, "timm": str, "numpy": str, "threads": int}
 
 
 def read(file: Path, about: dict[str, type] = TORCH) -> dict[str, dict]:

@@ -554,27 +554,23 @@ def search_table(record: dict, names: Sequence[str]) -> str:
 
 def longer_table(record: dict) -> str:
     """Short and long trainings of the splits on which all were trained for longer; differences are paired."""
-    longer, short = record["longer"], record["results"]
-    names = [name for name in TRAINED_LONGER if name in longer and name in short]
-    runs = {name: [longer[name].get(str(s), {}) for s in record["size"]["splits"]] for name in names}
-    whole = [i for i in range(len(record["size"]["splits"])) if all("tests" in runs[name][i] for name in names)]
-    splits = [str(record["size"]["splits"][i]) for i in whole]
-    both: dict[str, dict] = {}
-    for name in names if splits else ():
-        of = {"short": [short[name][s] for s in splits], "longer": [longer[name][s] for s in splits]}
-        both[name] = {
-            "map": {key: [run["tests"]["clean"]["map"] for run in runs] for key, runs in of.items()},
-            "loss": {key: float(np.mean([run["losses"][-1] for run in runs])) for key, runs in of.items()},
-        }
+    names = [name for name in TRAINED_LONGER if name in record["longer"]]
+    parts = [{**record, "results": record[part]} for part in ("results", "longer")]
+    splits = [split for split in gather(parts[0], names)[0] if split in gather(parts[1], names)[0]]
+    both = [gather({**part, "size": {"splits": splits}}, names)[1] for part in parts]
     rows = []
-    for name, own in both.items():
-        gain = signed(*interval(np.subtract(own["map"]["longer"], own["map"]["short"])))
-        row = [name, *(comparison.measured(both, name, key) for key in ("short", "longer")), gain]
-        row += [gap(both, name, REFERENCE, key) for key in ("short", "longer")]
-        rows.append([*row, *(f"{own['loss'][key]:.2f}" for key in ("short", "longer"))])
+    for name in [name for name in names if all(name in variants for variants in both)]:
+        maps = [variants[name]["map"]["clean"] for variants in both]
+        losses = [np.mean([part["results"][name][str(split)]["losses"][-1] for split in splits]) for part in parts]
+        row = [name, *(comparison.measured(variants, name, "clean") for variants in both)]
+        row += [
+            signed(*interval(np.subtract(maps[1], maps[0]))),
+            *(gap(variants, name, REFERENCE) for variants in both),
+        ]
+        rows.append([*row, *(f"{loss:.2f}" for loss in losses)])
     times = f"{LONGER} times the steps"
     head = ["", "mAP", times, "gain", f"minus {REFERENCE}", f"minus {REFERENCE}, {times}", "last loss", times]
-    return f"On splits {', '.join(splits)}, each with its own loss.\n\n{markdown(head, rows)}" if rows else ""
+    return f"On splits {', '.join(map(str, splits))}, each with its own loss.\n\n{markdown(head, rows)}" if rows else ""
 
 
 def said(variants: dict, keys: Sequence[str]) -> str:
