@@ -37,6 +37,8 @@ from temporal_agg import data, retrieval
 from temporal_agg.files import Busy, locked, read_json, replace_file, sweep
 
 RANKS = (1, 5, 10, 20)
+# What accelerate calls them -> what embed_tracklets does.
+PRECISIONS: dict[str, Any] = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 METRICS = ("map", *(f"rank{k}" for k in RANKS), "minp")
 
 
@@ -269,6 +271,7 @@ def embed(
     frames_per_batch: int = 256,
     progress: bool = True,
     reject_outliers: bool = False,
+    mixed_precision: str = "no",
 ) -> Tensor:
     """Every process embeds its share of the tracklets; all of them get all embeddings ``[N, D]``, in order."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -283,6 +286,7 @@ def embed(
             device=accelerator.device,
             progress=progress,
             reject_outliers=reject_outliers,
+            precision=PRECISIONS[mixed_precision],
         )
     if world == 1:
         return rows
@@ -290,11 +294,11 @@ def embed(
     return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(tracklets)]
 
 
-def embed_test(model, dataset: data.TrackletData, accelerator, *options) -> tuple[Tensor, Tensor]:
+def embed_test(model, dataset: data.TrackletData, accelerator, *options, **named) -> tuple[Tensor, Tensor]:
     """The embeddings of queries and gallery; what is in both is embedded once. Options are those of :func:`embed`."""
     own = dataset.query_index
     alone = [query for query, i in zip(dataset.query, own, strict=True) if i < 0]
-    embeddings = embed(model, [*dataset.gallery, *alone], accelerator, *options)
+    embeddings = embed(model, [*dataset.gallery, *alone], accelerator, *options, **named)
     place = iter(range(len(dataset.gallery), len(embeddings)))
     return embeddings[[next(place) if i < 0 else i for i in own]], embeddings[: len(dataset.gallery)]
 

@@ -79,8 +79,7 @@ def cached_embeddings(model, dataset, accelerator, directory: Path, frames_per_b
         else:
             accelerator.print(f"{file}: embeddings are used again.")
             return query, gallery
-    with accelerator.autocast():
-        query, gallery = embed_test(model, dataset, accelerator, frames_per_batch)
+    query, gallery = embed_test(model, dataset, accelerator, frames_per_batch, mixed_precision=precision)
     if accelerator.is_main_process:
         common.write_tensors(file, {"query": query, "gallery": gallery})
         for old in directory.glob("embeddings-*.safetensors"):

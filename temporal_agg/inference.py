@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, overload
@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
 from .data.tracklet import check_tracklets
-from .models.inputs import fastest_memory_format, weights_laid_out
+from .models.inputs import fastest_memory_format, forwards, narrow_in_float32, weights_laid_out
 
 if TYPE_CHECKING:
     from .aggregators.robust import Purity
@@ -104,8 +104,8 @@ def embed_tracklets(
         frames_per_batch: frames in one pass of the backbone and of the aggregator (of which one clip is the least), at
             most. On a CPU the backbone's passes are smaller still, because that is faster there. It bounds memory and
             does not change the result.
-        precision: what the model computes in: ``bfloat16`` and ``float16`` by autocast. ``float32`` leaves an autocast
-            around the call in force.
+        precision: what the model computes in: ``bfloat16`` and ``float16`` by autocast, but for convolutions of 32
+            channels or fewer, which bear bfloat16 badly. ``float32`` leaves an autocast around the call in force.
         device: moves the model there first; None = where it is.
         progress: shows a bar on a terminal if tqdm is installed.
         num_workers: threads that read frames; 0 = none but the caller's. None = as many as the process may use cores,
@@ -210,6 +210,7 @@ class FrameRunner:
         self.model = model
         self.frames_per_batch = frames_per_batch
         self.precision = precision
+        self.exact = narrow_in_float32(model.encoder) if precision == "bfloat16" else {}
         self.uses_flow = bool(getattr(model.encoder, "uses_flow", False))
         self.transform = ClipTransform.for_model(model)
         self.to(device)
@@ -237,11 +238,14 @@ class FrameRunner:
         """Evaluation mode, no gradients and the wanted precision; then the modes that were."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        low = self.precision != "float32"
         try:
-            with weights_laid_out(self.model.encoder, self.memory_format), torch.inference_mode():
-                with torch.autocast(self.device.type, getattr(torch, self.precision)) if low else nullcontext():
-                    yield
+            with ExitStack() as stack:
+                stack.enter_context(weights_laid_out(self.model.encoder, self.memory_format))
+                stack.enter_context(torch.inference_mode())
+                if self.precision != "float32":
+                    stack.enter_context(torch.autocast(self.device.type, getattr(torch, self.precision)))
+                    stack.enter_context(forwards(self.exact))
+                yield
         finally:
             for module, training in modes:
                 module.training = training

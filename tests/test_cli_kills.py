@@ -337,6 +337,7 @@ def wait_before_embedding(folder):
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mine", "theirs"), [((0, 1), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (0, 1)), ((1, 2), (1, 2))])
 def test_a_second_run_says_that_the_first_is_at_work(mine, theirs, folder, tmp_path, out, gallery, capfd):
     child = start(embed(folder, out), wait_before_embedding(tmp_path), **of(*theirs))

@@ -511,6 +511,33 @@ def test_precision(precision):
     assert torch.cosine_similarity(got, want).min() > 0.999
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_narrow_convolutions_stay_in_float32(killed):
+    """Those of 32 channels or fewer; an image's three do not count. Afterwards the modules are what they were."""
+    wide, narrow = nn.Conv2d(3, 64, 3, 2, 1), nn.Conv2d(64, 8, 1)
+    other, last = nn.Conv2d(8, 40, 1), nn.Conv2d(40, 48, 1)
+    changed, seen = other.forward, {}
+
+    def forward(x):  # as accelerate and others change a module
+        return changed(x)
+
+    other.forward = forward
+    encoder = SmallEncoder()
+    encoder.conv, encoder.norm = nn.Sequential(wide, narrow, other, last), nn.Identity()
+    encoder.num_features = 48
+    model = TrackletModel(encoder, create_aggregator("mean", 48), ClipConfig(4))
+    for conv in model.encoder.conv:
+        conv.register_forward_hook(lambda conv, args, out: seen.update({conv: out.dtype}))
+    if killed:
+        model.aggregator.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
+        embed(model, tracklets(), precision="bfloat16")
+    low, full = torch.bfloat16, torch.float32
+    assert seen == {wide: low, narrow: full, other: full, last: low}
+    assert other.forward is forward
+    assert all("forward" not in vars(conv) for conv in (wide, narrow, last))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_types(dtype):
     model, items = build("attention", ClipConfig(4)), tracklets()

@@ -405,7 +405,8 @@ def test_a_colour_means_the_same_and_noise_is_called_noise(kind, values, limits,
         )
 
 
-@pytest.mark.parametrize("length", [1, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize(
     "name", ["mean", *(n for n in temporal_agg.list_aggregators() if create_aggregator(n, C).maps)]
 )

@@ -420,6 +420,7 @@ def test_declared_maps_are_given_as_declared(aggregator):
             torch.testing.assert_close(total[counted], torch.ones_like(total[counted]), msg=name)
 
 
+@pytest.mark.slow
 def test_figures_draw_every_map(aggregator):
     features, extra = inputs(aggregator, B=1)
     with torch.no_grad():

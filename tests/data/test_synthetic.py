@@ -40,6 +40,7 @@ def several(fault=FAULTS[0], strength=0.0):
     return torch.stack([frames(tracklet(index=i, length=12, size=(32, 16), faults=faults)) for i in range(12)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_changes_its_frames_alone_and_grows_with_its_strength(fault):
     changed = {s: (several(fault, s) - several()).abs().mean((2, 3, 4)) for s in (0.4, 1.0)}

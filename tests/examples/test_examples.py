@@ -159,6 +159,7 @@ def test_tracker(example, reid):
     torch.testing.assert_close(distance.embed(tracks[0]), nn.functional.normalize(mean, dim=0))
 
 
+@pytest.mark.slow
 def test_search_finds_the_same_person(example, capsys):
     found = example("search").search(query=0, k=3)
     assert [line[:2] for line in capsys.readouterr().out.splitlines()[-3:]] == ["1:", "2:", "3:"]

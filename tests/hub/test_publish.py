@@ -103,6 +103,7 @@ def test_a_dry_run_writes_all_of_the_release(publish, run, capsys):
     assert str(run.parent.parent) not in card + (out / "settings.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings.json", "metrics.json", "model.safetensors", "reference.safetensors"])
 def test_a_run_that_is_not_whole_is_refused(publish, run, name):
     (run / name).unlink()
@@ -208,6 +209,7 @@ def test_a_name_is_that_of_the_model_and_a_tag(publish, run, name):
         publish.main([str(run), "--dry-run", "--repo", name.replace("/", "")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loga", "star", "gsta", "gltr_released", "fgra", "grl_released", "mean"])
 def test_every_system_has_its_card(publish, run, tmp_path, name):
     model = temporal_agg.create_model(f"{name}_resnet18", img_size=(64, 32))

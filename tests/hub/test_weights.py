@@ -44,6 +44,7 @@ def test_weights_trained_on_all_of_wards_people_show_what_halves_reach(directory
     assert "BSD-3-Clause" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directory", OF_WARD, ids=lambda directory: directory.name)
 def test_weights_know_the_rest_of_a_tracklet(directory):
     """Drawn figures are nobody that they have seen; across cameras these would be too hard."""

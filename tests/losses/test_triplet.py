@@ -68,6 +68,7 @@ def test_identical_embeddings_have_finite_gradients():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.slow
 def test_random_mining_draws_every_triplet_evenly_and_from_its_generator():
     x = torch.tensor([[0.0], [1.0], [3.0], [100.0], [200.0]])
     y = torch.tensor([0, 0, 0, 1, 2])

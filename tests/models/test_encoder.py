@@ -126,6 +126,7 @@ STRIDED = {  # a 1x1 convolution follows the strided operation in each of them
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRIDED)
 def test_last_stride_one_only_adds_positions(kind):
     """The stage's first block gives at even positions what it gave before."""

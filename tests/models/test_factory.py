@@ -253,13 +253,8 @@ def test_listed_models_exist():
     assert all(timm.is_model(name.removeprefix("mean_").removeprefix("lsta_")) for name in list_models("mean_*"))
 
 
-# These are the same classes as lsta_resnet18 and lsta_resnet50, with more blocks.
-DEEPER = {"mean_lsta_resnet34", "mean_lsta_resnet101"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEPER)) for n in list_models("mean_*")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models("mean_*"))
 def test_listed_backbones_work(name):
     model = create_model(name).eval()
     with torch.no_grad():

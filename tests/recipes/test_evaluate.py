@@ -51,6 +51,7 @@ def test_a_run_is_evaluated_on_its_own_data(recipe, run, capsys):
     assert json.loads((run / "evaluation" / "mars" / "metrics.json").read_text()) == [got]
 
 
+@pytest.mark.slow
 def test_re_ranking_stands_beside_the_plain_result(recipe, run, mars):
     plain, reranked = evaluate(recipe, run, "--rerank", "--k1", "3", "--k2", "2", "--no-figures")["one"]
     dataset = data.open_dataset("mars", mars, check_counts=False, cache=False)
@@ -64,6 +65,7 @@ def test_re_ranking_stands_beside_the_plain_result(recipe, run, mars):
     assert plain["method"] == ""
 
 
+@pytest.mark.slow
 def test_queries_without_a_match_are_reported(recipe, run, mars, tmp_path, capsys):
     picture = next(mars.rglob("*.jpg"))
     for place in ("query/1/1_1", "query/2/1_1", "gallery/1/2_1", "gallery/3/2_1"):
@@ -105,6 +107,7 @@ def test_embeddings_are_used_again_only_for_the_same_model_frames_and_settings(r
     assert again(*options)
 
 
+@pytest.mark.slow
 def test_the_key_of_embeddings_changes_with_options_that_have_no_weights(recipe):
     """Two aggregators without parameters, and two options, on one backbone."""
     fingerprint = recipe("evaluate").fingerprint

@@ -54,6 +54,7 @@ def run(call, aggregator, features, frames):
     return embedding, gradients, statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_the_literal_form_is_the_aggregator(benchmark, name, options, train):
@@ -208,6 +209,7 @@ def test_literal_reranking_has_the_same_settings(benchmark, settings):
     np.testing.assert_allclose(got, benchmark.literal_retrieval.rerank(queries, gallery, **settings), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_retrieval_table_and_json(benchmark, tmp_path, capsys):
     file = tmp_path / "bench.json"
     result = benchmark.main([*RETRIEVAL, "--no-memory", "--out", str(file)])

@@ -328,6 +328,7 @@ def test_a_box_that_is_off_shows_what_lies_there(ward, monkeypatch):
     assert np.array_equal(got[:, 6:], np.repeat(frame[:, 7:], 2, 1))
 
 
+@pytest.mark.slow
 def test_every_variant_differs_from_every_other_and_is_built(recipe, ward, tiny, tmp_path):
     train = recipe("train")
     plan = ward.Plan(tiny, "somewhere", "", tmp_path)
