@@ -234,13 +234,17 @@ class FrameRunner:
         self.memory_format = fastest_memory_format(self.model.encoder) if known else torch.contiguous_format
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Evaluation mode, no gradients and the wanted precision; then the modes that were."""
+    def running(self, encode: bool = True) -> Iterator[None]:
+        """Evaluation mode, no gradients and the wanted precision; then the modes that were.
+
+        ``encode=False``: the encoder is not used, so its weights need not be laid out.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with ExitStack() as stack:
-                stack.enter_context(weights_laid_out(self.model.encoder, self.memory_format))
+                if encode:
+                    stack.enter_context(weights_laid_out(self.model.encoder, self.memory_format))
                 stack.enter_context(torch.inference_mode())
                 if self.precision != "float32":
                     stack.enter_context(torch.autocast(self.device.type, getattr(torch, self.precision)))

@@ -94,7 +94,7 @@ class TrackletStream(Generic[Id]):
         self.max_frames = max(64, least) if max_frames is None else max_frames
         self.max_tracks = max_tracks
         self._tracks: dict[Id, _Track] = {}  # the track that was updated last stands last
-        with self.runner.running():  # what an aggregator supports may depend on its mode
+        with self.runner.running(encode=False):  # what an aggregator supports may depend on its mode
             supported = bool(getattr(self.model.aggregator, "supports_streaming", False))
         self._streams = clip.test_sampling == "all" and supported
 
@@ -211,7 +211,7 @@ class TrackletStream(Generic[Id]):
         out = torch.empty(len(tracks), self.model.num_features, dtype=torch.float32, device=CPU)
         if not tracks:
             return out
-        with self.runner.running():
+        with self.runner.running(encode=False):
             where = {id(track): place for place, track in enumerate(tracks)}
             if self._streams:
                 aggregator: Any = self.model.aggregator

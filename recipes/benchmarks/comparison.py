@@ -1,6 +1,7 @@
 """What the comparisons share: variants, jobs in several processes, mixed tracklets, paired intervals, what they say."""
 
 import argparse
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -30,6 +31,38 @@ class Variant:
     options: dict = field(default_factory=dict)
     criterion: str = ""  # the model's own
     criterion_options: dict = field(default_factory=dict)
+
+
+# Behind a BatchNorm a margin of 0.3 in Euclidean distance is met from the first step on; in cosine distance it is not.
+NECK = {"neck": True, "distance": "cosine"}
+OF_LOGA = {"margin": 0.3, "neck": True, "distance": "cosine"}  # as recipes/configs/loga.yaml
+DENSE = {"clip": {"test_sampling": "dense"}}  # every frame, as in everybody's test
+REFERENCE = "mean"
+POOLINGS = {
+    name: Variant(name, {}, "baseline", NECK) for name in ("mean", "max", "gem", "attention", "nan", "lstm", "robust")
+}
+SYSTEMS = {
+    "loga": Variant("loga", {"scale": "sqrt"}, "loga", OF_LOGA),
+    "gsta": Variant("gsta", {"hidden_features": 128, "start": "zero"}, "gsta"),
+    "gltr": Variant("gltr", {"start": "small"}, "gltr"),
+    "fgra": Variant("fgra", {}, "fgra"),
+    "grl": Variant("grl", DENSE, "grl"),
+    "gltr_released": Variant("gltr_released", {}, "gltr_released"),
+    "grl_released": Variant("grl_released", DENSE, "grl_released"),
+}
+SAME_LOSS = {
+    f"{name}: common loss": dataclasses.replace(variant, criterion="baseline", criterion_options=NECK)
+    for name, variant in SYSTEMS.items()
+}
+# FGRA's is the baselines' with another margin, but for its templates' terms. GRL's reads what GRL alone gives.
+CONTROLS = {
+    "mean: no neck": Variant("mean", {}, "baseline"),
+    "mean: loga's loss": Variant("mean", {}, "loga", OF_LOGA),
+    "mean: gsta's loss": Variant("mean", {}, "gsta", {"pyramid_weight": 0.0}),
+    "mean: gltr's loss": Variant("mean", {}, "gltr"),
+    "mean: fgra's loss": Variant("mean", {}, "baseline", {"margin": 0.5}),
+    "mean: gltr_released's loss": Variant("mean", {}, "gltr_released"),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,6 +193,15 @@ def signed(mean: float, half: float) -> str:
 def measured(variants: dict, name: str, key: str, metric: str = "map") -> str:
     mean, half = interval(variants[name][metric][key])
     return with_half(f"{mean:.1f}", half)
+
+
+def area(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Under the ROC curve: how often a positive scores higher than a negative, ties half; NaN without both."""
+    values, where = np.unique(np.asarray(scores), return_inverse=True)
+    of = [np.bincount(where[np.asarray(positive) == kind], minlength=len(values)) for kind in (False, True)]
+    below = np.cumsum(of[0]) - of[0] / 2
+    pairs = float(of[0].sum() * of[1].sum())
+    return float((of[1] * below).sum() / pairs) if pairs else math.nan
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

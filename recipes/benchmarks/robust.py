@@ -15,7 +15,6 @@ them). Results: robust.json, robust.md and robust.png, in --results.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import train
 from common import cell, draw, score, summary, write_json, write_text
-from comparison import intrusion, markdown
+from comparison import area, intrusion, markdown
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -103,15 +102,6 @@ def padded(seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measures
-
-
-def area(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """Under the ROC curve: how often a positive scores higher than a negative, ties half; NaN without both."""
-    values, where = np.unique(np.asarray(scores), return_inverse=True)
-    of = [np.bincount(where[np.asarray(positive) == kind], minlength=len(values)) for kind in (False, True)]
-    below = np.cumsum(of[0]) - of[0] / 2
-    pairs = float(of[0].sum() * of[1].sum())
-    return float((of[1] * below).sum() / pairs) if pairs else math.nan
 
 
 def judged(clean: Sequence[Tensor], seen: Sequence[Tensor], struck: Sequence[Sequence[bool]]) -> dict:

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import train
 from common import draw, tested, write_json, write_text
-from comparison import Variant, interval, markdown, signed
+from comparison import CONTROLS, POOLINGS, REFERENCE, SAME_LOSS, SYSTEMS, Variant, interval, markdown, signed
 from settings import Settings
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images
@@ -72,36 +72,6 @@ class Size:
     seed: int = 0  # of everything that is drawn but the splits and the faults
 
 
-# Behind a BatchNorm a margin of 0.3 in Euclidean distance is met from the first step on; in cosine distance it is not.
-NECK = {"neck": True, "distance": "cosine"}
-OF_LOGA = {"margin": 0.3, "neck": True, "distance": "cosine"}  # as recipes/configs/loga.yaml
-DENSE = {"clip": {"test_sampling": "dense"}}  # every frame, as in everybody's test
-REFERENCE = "mean"
-POOLINGS = {
-    name: Variant(name, {}, "baseline", NECK) for name in ("mean", "max", "gem", "attention", "nan", "lstm", "robust")
-}
-SYSTEMS = {
-    "loga": Variant("loga", {"scale": "sqrt"}, "loga", OF_LOGA),
-    "gsta": Variant("gsta", {"hidden_features": 128, "start": "zero"}, "gsta"),
-    "gltr": Variant("gltr", {"start": "small"}, "gltr"),
-    "fgra": Variant("fgra", {}, "fgra"),
-    "grl": Variant("grl", DENSE, "grl"),
-    "gltr_released": Variant("gltr_released", {}, "gltr_released"),
-    "grl_released": Variant("grl_released", DENSE, "grl_released"),
-}
-SAME_LOSS = {
-    f"{name}: common loss": dataclasses.replace(variant, criterion="baseline", criterion_options=NECK)
-    for name, variant in SYSTEMS.items()
-}
-# FGRA's is the baselines' with another margin, but for its templates' terms. GRL's reads what GRL alone gives.
-CONTROLS = {
-    "mean: no neck": Variant("mean", {}, "baseline"),
-    "mean: loga's loss": Variant("mean", {}, "loga", OF_LOGA),
-    "mean: gsta's loss": Variant("mean", {}, "gsta", {"pyramid_weight": 0.0}),
-    "mean: gltr's loss": Variant("mean", {}, "gltr"),
-    "mean: fgra's loss": Variant("mean", {}, "baseline", {"margin": 0.5}),
-    "mean: gltr_released's loss": Variant("mean", {}, "gltr_released"),
-}
 # The common start as it is, tested with the mean and with the robust mean: nothing is trained.
 START = "start"
 STILL = {START: POOLINGS["mean"], f"{START}: robust": POOLINGS["robust"]}
