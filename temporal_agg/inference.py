@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import ClipConfig, ClipTransform, Tracklet, check_flow
 from .data.tracklet import check_tracklets
-from .models.inputs import fastest_memory_format, forwards, narrow_in_float32, weights_laid_out
+from .models.inputs import exact_convolutions, fastest_memory_format, forwards, weights_laid_out
 
 if TYPE_CHECKING:
     from .aggregators.robust import Purity
@@ -104,8 +104,9 @@ def embed_tracklets(
         frames_per_batch: frames in one pass of the backbone and of the aggregator (of which one clip is the least), at
             most. On a CPU the backbone's passes are smaller still, because that is faster there. It bounds memory and
             does not change the result.
-        precision: what the model computes in: ``bfloat16`` and ``float16`` by autocast, but for convolutions of 32
-            channels or fewer, which bear bfloat16 badly. ``float32`` leaves an autocast around the call in force.
+        precision: what the model computes in: ``bfloat16`` and ``float16`` by autocast, but for convolutions that
+            are depthwise or of 32 channels or fewer, which bear bfloat16 badly. ``float32`` leaves an autocast around
+            the call in force.
         device: moves the model there first; None = where it is.
         progress: shows a bar on a terminal if tqdm is installed.
         num_workers: threads that read frames; 0 = none but the caller's. None = as many as the process may use cores,
@@ -210,7 +211,7 @@ class FrameRunner:
         self.model = model
         self.frames_per_batch = frames_per_batch
         self.precision = precision
-        self.exact = narrow_in_float32(model.encoder) if precision == "bfloat16" else {}
+        self.exact = exact_convolutions(model.encoder) if precision == "bfloat16" else {}
         self.uses_flow = bool(getattr(model.encoder, "uses_flow", False))
         self.transform = ClipTransform.for_model(model)
         self.to(device)

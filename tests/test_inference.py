@@ -512,10 +512,10 @@ def test_precision(precision):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_narrow_convolutions_stay_in_float32(killed):
+def test_narrow_and_depthwise_convolutions_stay_in_float32(killed):
     """Those of 32 channels or fewer; an image's three do not count. Afterwards the modules are what they were."""
-    wide, narrow = nn.Conv2d(3, 64, 3, 2, 1), nn.Conv2d(64, 8, 1)
-    other, last = nn.Conv2d(8, 40, 1), nn.Conv2d(40, 48, 1)
+    wide, narrow, depthwise = nn.Conv2d(3, 64, 3, 2, 1), nn.Conv2d(64, 8, 1), nn.Conv2d(40, 40, 3, 1, 1, groups=40)
+    other, last = nn.Conv2d(8, 40, 1), nn.Conv2d(40, 48, 1, groups=2)
     changed, seen = other.forward, {}
 
     def forward(x):  # as accelerate and others change a module
@@ -523,7 +523,7 @@ def test_narrow_convolutions_stay_in_float32(killed):
 
     other.forward = forward
     encoder = SmallEncoder()
-    encoder.conv, encoder.norm = nn.Sequential(wide, narrow, other, last), nn.Identity()
+    encoder.conv, encoder.norm = nn.Sequential(wide, narrow, other, depthwise, last), nn.Identity()
     encoder.num_features = 48
     model = TrackletModel(encoder, create_aggregator("mean", 48), ClipConfig(4))
     for conv in model.encoder.conv:
@@ -533,9 +533,9 @@ def test_narrow_convolutions_stay_in_float32(killed):
     with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
         embed(model, tracklets(), precision="bfloat16")
     low, full = torch.bfloat16, torch.float32
-    assert seen == {wide: low, narrow: full, other: full, last: low}
+    assert seen == {wide: low, narrow: full, other: full, depthwise: full, last: low}
     assert other.forward is forward
-    assert all("forward" not in vars(conv) for conv in (wide, narrow, last))
+    assert all("forward" not in vars(conv) for conv in (wide, narrow, depthwise, last))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
