@@ -4,7 +4,7 @@ Written for fastreid 1.4.0. Import this file before ``build_model``, and set bes
 
     cfg.MODEL.META_ARCHITECTURE = "ClipBaseline"
     cfg.MODEL.HEADS.NAME = "ClipHead"
-    cfg.MODEL.HEADS.AGGREGATOR = "gltr"      # any name of list_aggregators() but loga, which wants the frames too
+    cfg.MODEL.HEADS.AGGREGATOR = "attention"  # any name of list_aggregators() but loga, which wants the frames too
 
 Batches are those of fast-reid with clips for images: ``{"images": [B, T, 3, H, W], "targets": [B], ...}``. The neck,
 the classifiers (Linear, ArcSoftmax, ...), the losses and the evaluation are fast-reid's own.

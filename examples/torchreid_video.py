@@ -25,7 +25,7 @@ class ClipModel(nn.Module):
         aggregator: any name of list_aggregators() that does not want the frames themselves (all but loga).
     """
 
-    def __init__(self, backbone: nn.Module, in_features: int, num_classes: int, aggregator: str = "gltr"):
+    def __init__(self, backbone: nn.Module, in_features: int, num_classes: int, aggregator: str = "attention"):
         super().__init__()
         self.backbone = backbone
         self.aggregator = create_aggregator(aggregator, in_features)
@@ -69,7 +69,7 @@ def main(root: str) -> None:
     optimizer = torchreid.optim.build_optimizer(model, optim="adam", lr=0.0003)
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, lr_scheduler="single_step", stepsize=20)
     engine = ClipEngine(datamanager, model, optimizer, scheduler=scheduler)
-    engine.run(save_dir="log/resnet50-gltr-mars", max_epoch=60, dist_metric="cosine")
+    engine.run(save_dir="log/resnet50-attention-mars", max_epoch=60, dist_metric="cosine")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: s
 
     metrics, settings = (without_paths(found, settings, run) for found in (metrics, settings))
     check_place(out, settings)
-    what, terms = DATA.get(data, DATA["folder"])
+    what, terms = DATA.get(data, (data, OWN_TERMS))
     started = [key for key in ("backbone_pretrained", "backbone_weights") if settings["settings"].get(key)]
     start = f"; the backbone started from weights of {config['encoder']['backbone']}"
     weights = manifest.Weights(

@@ -1,8 +1,8 @@
 """What a mask means, once for all.
 
 ``mask`` is bool ``[B, T]``, True = a real frame, False = padding. A masked clip gives the result of the clip made of
-its real frames alone, wherever the padding stands, in evaluation and in training. Everything that mixes frames or
-counts them goes through this module::
+its real frames alone, wherever the padding stands, in evaluation and in training; LOGA alone has a weight for each
+place, so that its padding is a place without a frame. What mixes frames or counts them goes through this module::
 
     from temporal_agg import masked
 

@@ -1,4 +1,4 @@
-"""Terms that belong to no paper's system alone: tensors and labels -> one scalar."""
+"""Terms of which the papers' criteria are made, and others can be: tensors and labels -> one scalar."""
 
 from .consistency import ConsistencyLoss
 from .oim import OIMLoss

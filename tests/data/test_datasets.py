@@ -27,8 +27,8 @@ def test_data_sets_open_by_name(tmp_path):
 
 
 def test_splits_open_one_by_one_or_all(tmp_path, caplog):
-    names = ("csv", "duke", "duke-si", "folder", "ilids-vid", "ls-vid", "mars", "prid-2011", "synthetic")
-    assert {name for name in names if num_splits(name) == 10} == {"ilids-vid", "prid-2011"}
+    names = ("csv", "duke", "duke-si", "folder", "ilids-vid", "ls-vid", "mars", "prid-2011", "synthetic", "ward")
+    assert {name for name in names if num_splits(name) == 10} == {"ilids-vid", "prid-2011", "ward"}
     assert {num_splits(name) for name in names} == {1, 10}
     root = make_ilids_vid(tmp_path / "ilids")
     splits = open_splits("ilids-vid", root, check_counts=False)
