@@ -1,15 +1,17 @@
-"""The noise study: every system on synthetic tracklets that carry one fault at a time, and each paper's parts.
+"""The noise study: every system on synthetic tracklets that carry one fault at a time, other losses, and parts.
 
     python recipes/benchmarks/study.py --out runs/study --jobs 2        # small frames and backbone, for a CPU
     python recipes/benchmarks/study.py --full --out runs/study-full     # ResNet-50 on 256x128 frames, for a GPU
-    python recipes/benchmarks/study.py --only mean,gltr --seeds 5       # some of it
+    python recipes/benchmarks/study.py --only mean,gltr --seeds 3       # some of it
+    python recipes/benchmarks/study.py --parts --jobs 2                 # each system with a part left out, too
 
 What is measured: mAP on tracklets with occlusion, bad boxes, identity switches or blur, each alone and at several
-strengths, and on tracklets with all four. What is equal for everybody: people and tracklets, backbone (the last stage's
+strengths, and on tracklets with all four; and whether the weights that a system gives its frames know those that a
+fault has struck. What is equal for everybody: people and tracklets, backbone (the last stage's
 stride is 1), its weights at the start (trained on single frames, which favours no aggregator; STAR's LSTA blocks come
-fresh), optimiser, steps, clips per step, frames per clip. What is each system's own: the aggregator, the losses, how a
-tracklet is cut into clips in training and in test, and the distance. A seed draws everything anew, people included;
-intervals are over seeds.
+fresh; GLTR has a first stage on top, for the embedding of its frames), optimiser, steps, clips per step, frames per
+clip. What is each system's own: the aggregator, the losses, how a tracklet is cut into clips in training and in test,
+and the distance. A seed draws everything anew, people included; intervals are over seeds.
 
 Every training is a run directory of recipes/train.py under --out. The same command goes on where a killed one stopped,
 and reads what is finished. Results: study.json, study.md and study.png, in --results.
@@ -29,11 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import comparison
 import numpy as np
+import torch
 import train
 from common import draw, embed_test, load_model, score, summary, write_json, write_text
-from comparison import T_975, Variant, interval, markdown, signed
+from comparison import T_975, Variant, interval, markdown, signed, with_half
 from settings import Settings
 
+import temporal_agg
 from temporal_agg import data, retrieval
 from temporal_agg.data.synthetic import FAULTS
 from temporal_agg.files import read_json
@@ -51,8 +55,10 @@ class Size:
     length: tuple[int, int] = (6, 14)  # of a tracklet
     frames: int = 6  # of a clip
     identities: int = 5  # in a batch, two clips each
-    encoder_steps: int = 400  # of the common start, batches of as many frames as a batch of clips has
-    steps: int = 160
+    encoder_steps: int = 1600  # of the common start, batches of as many frames as a batch of clips has
+    steps: int = 320
+    # The first layers stay those of the common start (their BatchNorm goes on counting): a step is a third shorter.
+    frozen: tuple[str, ...] = ("conv1", "bn1", "layer1", "layer2")
     lr: float = 1e-3
     hidden: int = 128  # of GSTA's ConvLSTM
     strengths: tuple[float, ...] = (0.3, 0.6, 1.0)  # of the single faults in test
@@ -72,6 +78,7 @@ FULL = Size(
     encoder_steps=4000,
     steps=4000,
     frames=8,
+    frozen=(),
     lr=3e-4,
     hidden=512,
     in_memory=False,
@@ -79,38 +86,49 @@ FULL = Size(
 )
 
 
+RELEASED = ("gltr_released", "grl_released")  # are WARD's alone
 SYSTEMS = {
-    "mean": Variant("mean"),
-    "max": Variant("max"),
-    "attention": Variant("attention"),
-    "lstm": Variant("lstm"),
-    "loga": Variant("loga"),
-    "loga scaled": Variant("loga", {"scale": "sqrt(C)"}),
-    "gsta": Variant("gsta"),
-    "star": Variant("star", {"flow": False}),  # GSTA with LSTA blocks in the backbone
-    "gltr": Variant("gltr"),
-    "fgra": Variant("fgra"),
-    "grl": Variant("grl"),
+    **comparison.POOLINGS,
+    **{name: variant for name, variant in comparison.SYSTEMS.items() if name not in RELEASED},
+    "star": Variant("star", {"flow": False, "start": "zero"}, "gsta"),  # GSTA with LSTA blocks in the backbone
 }
-GCE_ALONE = {"enhancement": False, "memory": False}
+OTHERS = {  # other losses, and mean pooling with each paper's
+    name: variant
+    for name, variant in {**comparison.SAME_LOSS, **comparison.CONTROLS}.items()
+    if variant.model not in RELEASED and variant.criterion not in RELEASED
+}
+
+
+def part(whole: str, options: dict | None = None, **criterion_options: object) -> Variant:
+    """A system with something left out of it."""
+    of = SYSTEMS[whole]
+    return dataclasses.replace(
+        of, options=of.options | (options or {}), criterion_options=of.criterion_options | criterion_options
+    )
+
+
 PARTS = {
-    "loga: LAQ alone": Variant("loga", {"assembly": "laq"}),
-    "loga: GCQ alone": Variant("loga", {"assembly": "gcq"}),
-    "gsta: no pyramid loss": Variant("gsta", criterion_options={"pyramid_weight": 0.0}),
-    "gltr: neither DTP nor TSA": Variant("gltr", {"dtp": False, "tsa": False}),
-    "gltr: DTP alone": Variant("gltr", {"tsa": False}),
-    "gltr: TSA alone": Variant("gltr", {"dtp": False}),
-    "fgra: no alignment score": Variant("fgra", {"temporal": "average"}),
-    "fgra: no spatial attention": Variant("fgra", {"spatial": "concatenation"}),
-    "fgra: no consistency loss": Variant("fgra", criterion_options={"consistency_weight": 0.0}),
-    "grl: GCE without TRL": Variant("grl", GCE_ALONE),
+    "loga: as printed": part("loga", {"scale": None}),
+    "loga: LAQ alone": part("loga", {"assembly": "laq"}),
+    "loga: GCQ alone": part("loga", {"assembly": "gcq"}),
+    "gsta: no pyramid loss": part("gsta", pyramid_weight=0.0),
+    "gltr: neither DTP nor TSA": part("gltr", {"dtp": False, "tsa": False}),
+    "gltr: DTP alone": part("gltr", {"tsa": False}),
+    "gltr: TSA alone": part("gltr", {"dtp": False}),
+    "fgra: no alignment score": part("fgra", {"temporal": "average"}),
+    "fgra: no spatial attention": part("fgra", {"spatial": "concatenation"}),
+    "fgra: no consistency loss": part("fgra", consistency_weight=0.0),
+    "grl: GCE without TRL": part("grl", {"enhancement": False, "memory": False}),
 }
-SAME_LOSS = {  # not GRL: its embedding has unit length, which a linear classifier alone does not fit
-    f"{name}: the baselines' loss": Variant(name, criterion="baseline") for name in ("loga", "gsta", "gltr", "fgra")
+REFERENCE = comparison.REFERENCE
+CURVE = {"1/4": 0.25, "1/2": 0.5, "2": 2.0}  # times the steps: is the curve of the mean flat?
+LENGTHS = {f"{REFERENCE}: {label} of the steps": times for label, times in CURVE.items()}
+VARIANTS = {**SYSTEMS, **OTHERS, **PARTS, **dict.fromkeys(LENGTHS, SYSTEMS[REFERENCE])}
+ENCODER, STAGE = "encoder", "gltr: stage 1"
+STARTS = {  # what is trained first; GLTR's first stage trains the embedding of its frames (Sec. 4.2)
+    ENCODER: Variant("mean", {}, "baseline"),
+    STAGE: PARTS["gltr: neither DTP nor TSA"],
 }
-VARIANTS = {**SYSTEMS, **PARTS, **SAME_LOSS}
-REFERENCE = "mean"
-ENCODER = "encoder"  # the common start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,33 +165,35 @@ def tracklets(size: Size, seed: int, fault: str, strength: float) -> data.Trackl
     return data.TrackletData(*map(drawn, sides), name=dataset.name)
 
 
-def settings_of(size: Size, variant: Variant, seed: int, init: str) -> Settings:
-    """A training of clips that goes on from an encoder, or (``init`` empty) of that encoder on single frames."""
+def start_of(name: str) -> str:
+    return STAGE if name != STAGE and VARIANTS[name].model == STARTS[STAGE].model else ENCODER
+
+
+def settings_of(size: Size, name: str, seed: int, out: Path) -> Settings:
+    """A training of clips, or, for what is trained first, of single frames."""
+    variant, single = {**VARIANTS, **STARTS}[name], name in STARTS
     options = {"last_stride": 1, **variant.options}
-    width = 2048
     if size.channels:
         options["backbone_kwargs"] = {"channels": list(size.channels), "stem_width": size.channels[0] // 2}
-        width = size.channels[-1]
     if variant.model in ("gsta", "star"):
         options["hidden_features"] = size.hidden
-    if options.get("scale") == "sqrt(C)":
-        options["scale"] = math.sqrt(width)
     people = size.people // 2
-    identities = min(size.identities, people) if init else min(2 * size.identities, people)
-    steps = size.steps if init else size.encoder_steps
+    identities = min(2 * size.identities if single else size.identities, people)
+    steps = size.encoder_steps if name == ENCODER else round(LENGTHS.get(name, 1) * size.steps)
     return Settings(
         data_options=world(size, seed, dict.fromkeys(FAULTS, size.mixed)),
         model=f"{variant.model}_{size.backbone}",
         model_options=options,
-        criterion=variant.criterion if init else "baseline",
+        criterion=variant.criterion,
         criterion_options=variant.criterion_options,
-        init=init,
+        init="" if name == ENCODER else str(place(out, start_of(name), seed)),
         size="x".join(map(str, size.size)),
-        clip_length=size.frames if init else 1,
+        clip_length=1 if single else size.frames,
         identities=identities,
-        clips=2 if init else size.frames,
+        clips=size.frames if single else 2,
         epochs=math.ceil(steps / math.ceil(people / identities)),
         lr=size.lr,
+        lr_factors={} if name == ENCODER else {f"encoder.backbone.{part}": 0.0 for part in size.frozen},
         seed=seed,
         eval_untrained=False,
         keep=1,
@@ -186,17 +206,37 @@ def key_of(fault: str, strength: float) -> str:
 
 
 def place(out: Path, name: str, seed: int) -> Path:
-    return out / f"{name.replace(': ', '-').replace(' ', '_')}-seed{seed}"
+    label = name.replace(": ", "-").replace(" ", "_").replace("'", "").replace("/", "_of_")
+    return out / f"{label}-seed{seed}"
+
+
+def knowledge(model: temporal_agg.TrackletModel, size: Size, seed: int, fault: str, strength: float) -> float:
+    """The area under the ROC curve of the frames' weights against the frames that a fault has struck.
+
+    0.5 knows nothing, 1 gives each frame that it has struck a lower weight than each other frame; of the queries. A
+    weight is held against the clip's even share, and is the mean over the clips that the frame is in.
+    """
+    drawn = tracklets(size, seed, fault, strength).query
+    sources = data.open_dataset("synthetic", **world(size, seed, {fault: strength})).query
+    device, transform = next(model.parameters()).device, data.ClipTransform.for_model(model)
+    scores, struck = [], []
+    with torch.inference_mode():
+        for tracklet, source in zip(drawn, sources, strict=True):
+            weights, counts = torch.zeros(2, len(tracklet))
+            for indices, mask in zip(*model.clip.cut(len(tracklet)), strict=True):
+                clip = transform(tracklet.load(indices))[None].to(device)
+                details = model(clip, mask=mask[None].to(device), return_details=True)
+                weights.index_add_(0, indices, mask.sum() * details.frame_weights[0].float().cpu())
+                counts.index_add_(0, indices, mask.float())
+            scores += (-weights / counts).tolist()
+            struck += source.struck(fault)
+    return comparison.area(scores, struck)
 
 
 def run(out: Path, size: Size, name: str, seed: int, device: str = "auto", bars: bool = True) -> dict:
-    """Trains one variant, or an encoder, and evaluates it; what is finished is read. Returns what is reported of it."""
+    """Trains and evaluates a variant, or what it starts from; what is finished is read. Returns what is reported."""
     accelerator = common.accelerator_of(device, str(dict(size.settings).get("mixed_precision", "no")))
-    if name == ENCODER:
-        variant, init = Variant("mean"), ""
-    else:
-        variant, init = VARIANTS[name], str(place(out, ENCODER, seed))
-    settings, directory = settings_of(size, variant, seed, init), place(out, name, seed)
+    settings, directory = settings_of(size, name, seed, out), place(out, name, seed)
     mixed = tracklets(size, seed, "mixed", size.mixed)
     metrics = train.train(directory, mixed, settings, {"split_seed": seed}, accelerator, bars)
     keys = ("map", "rank1", "criterion", "distance", "aggregator_parameters", "train_seconds", "seconds")
@@ -212,12 +252,19 @@ def run(out: Path, size: Size, name: str, seed: int, device: str = "auto", bars:
         if key not in done:
             model = model or load_model(str(directory), {}).to(accelerator.device)
             test = tracklets(size, seed, fault, strength)
-            with accelerator.autocast():
-                queries, gallery = embed_test(model, test, accelerator, 256, bars)
+            precision = accelerator.mixed_precision
+            queries, gallery = embed_test(model, test, accelerator, 256, bars, mixed_precision=precision)
             metrics = summary(score(retrieval.distances(queries, gallery, model.clip.distance), test))
             done[key] = {"map": metrics["map"], "rank1": metrics["rank1"]}
+            if strength == middle(size):
+                done[key]["area"] = knowledge(model, size, seed, fault, strength)
             write_json(file, done)
     return {**result, "faults": done}
+
+
+def middle(size: Size) -> float:
+    """The strength of the tables."""
+    return size.strengths[len(size.strengths) // 2]
 
 
 def read_faults(file: Path) -> dict:
@@ -230,15 +277,18 @@ def read_faults(file: Path) -> dict:
     for key, measures in done.items():
         if not isinstance(measures, dict) or not all(common.is_number(measures.get(name)) for name in ("map", "rank1")):
             raise ValueError(f"{file}: {key!r} has no map and rank1. Delete the file: it is then measured again.")
+        if not common.is_share(measures.get("area", 0.5)):
+            raise ValueError(f"{file}: the area of {key!r} is no share. Delete the file: it is then measured again.")
     return done
 
 
 def run_all(out: Path, size: Size, names: Sequence[str], seeds: Sequence[int], device: str, jobs: int) -> list[dict]:
-    """Encoders first, then the systems, then the rest; seed by seed, so that a process draws a world once."""
-    encoders = [(ENCODER, seed) for seed in seeds]
-    groups = [[name for name in names if name in group] for group in (SYSTEMS, PARTS, SAME_LOSS)]
+    """What comes first first, then the systems, then the rest; seed by seed, so that a process draws a world once."""
+    encoders, stages = ([(name, seed) for seed in seeds] for name in STARTS)
+    stages = stages if any(start_of(name) == STAGE for name in names) else []
+    groups = [[name for name in names if (name in SYSTEMS) == shown] for shown in (True, False)]
     results = []
-    for phase in (encoders, [(name, seed) for group in groups for seed in seeds for name in group]):
+    for phase in (encoders, stages, [(name, seed) for group in groups for seed in seeds for name in group]):
         work = [(out, size, *job, device, jobs == 1) for job in phase]  # the bars of several would mix
         done = comparison.run_jobs(run, work, jobs)
         results += [report(result, k, len(phase)) for k, result in enumerate(done, 1)]
@@ -264,8 +314,9 @@ def gather(results: Sequence[dict], names: Sequence[str], seeds: Sequence[int]) 
         values = {"mixed": runs, **{key: [r["faults"][key] for r in runs] for key in runs[0].get("faults", ())}}
         variants[name] = {key: runs[0][key] for key in ("criterion", "distance", "aggregator_parameters")}
         variants[name]["train_seconds"] = [run["train_seconds"] for run in runs]
-        for metric in ("map", "rank1"):
-            variants[name][metric] = {key: [round(v[metric], 6) for v in some] for key, some in values.items()}
+        for metric in ("map", "rank1", "area"):
+            has = {key: some for key, some in values.items() if all(metric in v for v in some)}
+            variants[name][metric] = {key: [round(v[metric], 6) for v in some] for key, some in has.items()}
     return variants
 
 
@@ -278,8 +329,7 @@ def measured(variants: dict, name: str, key: str = "mixed") -> str:
 
 
 def systems_table(study: dict) -> str:
-    variants, strengths = study["variants"], study["size"]["strengths"]
-    keys = ["clean", *(key_of(fault, strengths[len(strengths) // 2]) for fault in FAULTS)]
+    variants, keys = study["variants"], ["clean", *middle_keys(study)]
     rows = []
     for name in [name for name in SYSTEMS if name in variants]:
         gap = signed(*difference(variants, name, REFERENCE)) if name != REFERENCE in variants else ""
@@ -289,12 +339,52 @@ def systems_table(study: dict) -> str:
     return markdown([*head, "loss"], rows)
 
 
-def parts_table(study: dict) -> str:
-    """Each paper's parts, and other losses, against the whole; empty without any."""
+def middle_keys(study: dict) -> list[str]:
+    return [key_of(fault, middle(Size(**study["size"]))) for fault in FAULTS]
+
+
+def areas_table(study: dict) -> str:
+    """Whether the weights of frames know the struck ones; empty without any."""
+    variants, keys = study["variants"], middle_keys(study)
+    rows = []
+    for name in [name for name in SYSTEMS if name in variants]:
+        found = [interval(variants[name]["area"][key]) for key in keys]
+        clear = ["**" * (abs(mean - 50) > half) for mean, half in found]
+        rows.append([name, *(f"{b}{with_half(f'{m:.1f}', h)}{b}" for b, (m, h) in zip(clear, found, strict=True))])
+    return markdown(["", *(key.replace("_", " ") for key in keys)], rows) if rows else ""
+
+
+def curve_table(study: dict) -> str:
+    """The reference with fewer and with more steps; empty without those."""
     variants, rows = study["variants"], []
-    others = {name: name.partition(": ") for name in [*PARTS, *SAME_LOSS] if name in variants}
-    own = {"gsta": ("star", "", "no LSTA blocks (gsta)"), "loga scaled": ("loga", "", "logits / sqrt(C) (loga scaled)")}
-    others |= {name: row for name, row in own.items() if name in variants}
+    lengths = sorted({**LENGTHS, REFERENCE: 1.0}.items(), key=lambda item: item[1])
+    for name, times in [(name, times) for name, times in lengths if name in variants]:
+        gain = signed(*difference(variants, name, REFERENCE)) if name != REFERENCE in variants else ""
+        rows.append([f"{round(times * study['size']['steps'])}", measured(variants, name), gain])
+    head = [f"steps of {REFERENCE}", f"all four {study['size']['mixed']}", f"minus {study['size']['steps']} steps"]
+    return markdown(head, rows) if len(rows) > 1 else ""
+
+
+def losses_table(study: dict) -> str:
+    """Aggregator and loss apart, where there are both systems and their controls."""
+    variants, rows = study["variants"], []
+
+    def gap(a: str, b: str) -> str:
+        return signed(*difference(variants, a, b)) if a in variants and b in variants else ""
+
+    for name in [name for name in SYSTEMS if name in variants]:
+        same, control = f"{name}: common loss", f"mean: {name}'s loss"
+        row = [gap(name, control), gap(same, REFERENCE), gap(control, REFERENCE), gap(name, same)]
+        rows += [[name, *row]] if any(row) else []
+    head = ["minus mean, both with its loss", "minus mean, both with the common loss"]
+    return markdown(["", *head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
+
+
+def parts_table(study: dict) -> str:
+    """Each paper's parts against the whole; empty without any."""
+    variants, rows = study["variants"], []
+    others = {name: name.partition(": ") for name in PARTS if name in variants}
+    others |= {"gsta": ("star", "", "no LSTA blocks (gsta)")} if "gsta" in variants else {}
     for whole in [name for name in SYSTEMS if name in variants]:
         own = {name: label for name, (paper, _, label) in others.items() if paper == whole}
         rows += [[f"**{whole}**", measured(variants, whole), ""]] if own else []
@@ -311,21 +401,31 @@ def supported(study: dict) -> str:
 def text(study: dict) -> str:
     size, environment, n = study["size"], study["environment"], len(study["seeds"])
     people, (height, width), clips = size["people"] // 2, size["size"], 2 * size["identities"]
-    parts = parts_table(study)
-    parts = f"\nParts and losses, on tracklets with all four faults:\n\n{parts}\n" if parts else ""
+    frozen = f" and whose {', '.join(size['frozen'])} stay as they are" if size["frozen"] else ""
+    titles = {
+        "Is the training long enough? The same with fewer and with more steps:": curve_table(study),
+        "Whether a frame's weight knows the frames that a fault has struck: area under the ROC curve in %; 50 knows\n"
+        "nothing, and bold is where the interval leaves that out.": areas_table(study),
+        "Aggregator and loss apart, on tracklets with all four faults:": losses_table(study),
+        "Parts, on tracklets with all four faults:": parts_table(study),
+    }
+    parts = "\n".join(f"{title}\n\n{table}\n" for title, table in titles.items() if table.count("\n") > 1)
     return f"""# Noise study on synthetic tracklets
 
 mAP in %, mean ± half of the 95 % confidence interval over n = {n} seeds (Student's t). Each seed draws its own people,
 start and batches. Bold: the interval of a paired difference leaves out zero; of twenty such differences one does so by
 chance. {size["backbone"]} on {height}x{width} frames, {people} people to train on and {people} others to test on,
-{size["steps"]} steps of {clips} clips of {size["frames"]} frames from a common start. These are drawn figures, a small
-backbone and short trainings: nothing here is a result on a benchmark.
+{size["steps"]} steps of {clips} clips of {size["frames"]} frames from a common start, which has had
+{size["encoder_steps"]} steps of as many single frames{frozen}. What is not called otherwise has the common loss:
+cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. These are drawn figures and a small backbone: nothing
+here is a result on a benchmark.
 
 Test tracklets carry all four faults at the strength of training, none (clean), or one alone.
 
 {systems_table(study)}
 
 {supported(study)}
+
 {parts}
 {environment["device"]}, torch {environment["torch"]}; {study["hours"]:.1f} hours of training in {study["jobs"]} jobs of
 {environment["threads"]} threads. `python {environment["command"]}`
@@ -333,8 +433,9 @@ Test tracklets carry all four faults at the strength of training, none (clean), 
 
 
 STYLES = {
-    "mean": ("#000000", "o"), "max": ("#0072b2", "s"), "attention": ("#d55e00", "^"), "lstm": ("#009e73", "D"),
-    "loga": ("#0072b2", "s"), "loga scaled": ("#56b4e9", "P"), "gsta": ("#e69f00", "^"), "star": ("#d55e00", "v"),
+    "mean": ("#000000", "o"), "max": ("#0072b2", "s"), "gem": ("#56b4e9", "P"), "attention": ("#d55e00", "^"),
+    "nan": ("#cc79a7", "X"), "lstm": ("#009e73", "D"), "robust": ("#e69f00", "v"),
+    "loga": ("#0072b2", "s"), "gsta": ("#e69f00", "^"), "star": ("#d55e00", "v"),
     "gltr": ("#009e73", "D"), "fgra": ("#cc79a7", "X"), "grl": ("#7a4fbf", "*"),
 }  # fmt: skip
 
@@ -351,7 +452,7 @@ def figure(study: dict):
     from matplotlib.figure import Figure
 
     names = [name for name in SYSTEMS if name in study["variants"]]
-    simple = ("mean", "max", "attention", "lstm")
+    simple = comparison.POOLINGS
     rows = [[n for n in names if n in simple], [n for n in names if n not in simple or n == REFERENCE]]
     rows = [row for row in rows if set(row) - {REFERENCE}] or [names]
     drawing = Figure(figsize=(12, 3.2 * len(rows) + 0.6), layout="constrained")
@@ -386,9 +487,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = common.parser_of(__doc__ or "")
     comparison.add_arguments(parser, "study", list(VARIANTS))
     parser.add_argument("--full", action="store_true", help="ResNet-50, 256x128, for a GPU")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on, 2 to 10 (3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on, 2 to 10 (5)")
+    parser.add_argument("--parts", action="store_true", help="train systems without one of their parts, too")
     args = parser.parse_args(argv)
+    some = bool(args.only.strip(", "))
     comparison.check_arguments(parser, args, list(VARIANTS))
+    if not some and not args.parts:
+        args.only = [name for name in args.only if name not in PARTS]
     if not 2 <= args.seeds <= len(T_975) + 1:
         parser.error(f"--seeds must be 2 to {len(T_975) + 1}, for an interval; got {args.seeds}")
     return args
@@ -409,6 +514,12 @@ def write_results(
 ) -> dict:
     environment = common.environment(common.accelerator_of(args.device).device)
     environment["threads"] = comparison.threads(args.jobs)
+    options = [
+        f"--jobs {args.jobs} --seeds {len(seeds)}",
+        *(["--full"] if args.full else []),
+        *(["--parts"] if args.parts else []),
+    ]
+    environment["command"] = " ".join(["recipes/benchmarks/study.py", *options])  # without the places of this machine
     study = {
         "size": dataclasses.asdict(size),
         "seeds": seeds,
