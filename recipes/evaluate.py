@@ -70,19 +70,20 @@ def cached_embeddings(model, dataset, accelerator, directory: Path, frames_per_b
     key = fingerprint(model, dataset.gallery, dataset.query)
     file = directory / f"embeddings-{key}{'' if precision == 'no' else '-' + precision}.safetensors"
     accelerator.wait_for_everyone()
+    found = None
     if file.is_file():
         try:
             stored = common.read_tensors(file)
-            query, gallery = stored["query"], stored["gallery"]
+            found = stored["query"], stored["gallery"]
         except (ValueError, KeyError) as error:
             accelerator.print(f"{error} The tracklets are embedded again.")
         else:
             accelerator.print(f"{file}: embeddings are used again.")
-            return query, gallery
-    query, gallery = embed_test(model, dataset, accelerator, frames_per_batch, mixed_precision=precision)
+    query, gallery = found or embed_test(model, dataset, accelerator, frames_per_batch, mixed_precision=precision)
     if accelerator.is_main_process:
-        common.write_tensors(file, {"query": query, "gallery": gallery})
-        for old in directory.glob("embeddings-*.safetensors"):
+        if found is None:
+            common.write_tensors(file, {"query": query, "gallery": gallery})
+        for old in directory.glob("embeddings-*.safetensors"):  # of a killed evaluation as well
             if old != file:
                 old.unlink()
     return query, gallery

@@ -100,7 +100,7 @@ class StarEncoder(FrameEncoder):
         width: of the LSTA blocks.
         flow_scale: the pixels of flow that enter as 1; 1 = flow enters in pixels (the paper does not say; ours).
         pretrained: as in :class:`FrameEncoder`, like all that follow.
-        last_stride: 1 or 2; None = 2, as the paper does.
+        last_stride: 1 or 2; None = 2, ours: the paper does not say.
         img_size: height and width of the frames.
         grad_checkpointing: recompute the residual blocks in the backward pass.
         backbone_kwargs: further arguments of ``timm.create_model``.
