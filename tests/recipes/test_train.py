@@ -122,8 +122,10 @@ def test_own_folder_with_identity_splits(recipe, folder, tmp_path):
 def test_a_finished_run_is_not_trained_again_and_another_one_not_overwritten(recipe, tmp_path, capsys):
     argv = [*MINIATURE, "--model", "mean_resnet10t", "--epochs", "1", "--name", "one", "--out", str(tmp_path)]
     first = recipe("train").main(argv)
+    (tmp_path / "one" / ".lock").touch()  # of a process that was killed after its last file
     assert recipe("train").main(argv) == first
     assert "finished before" in capsys.readouterr().out
+    assert not (tmp_path / "one" / ".lock").exists()
     with pytest.raises(SystemExit, match=r"other settings \(lr: 0.001 there, 0.5 now\)"):
         recipe("train").main([*argv, "--lr", "0.5"])
     run = tmp_path / "one"
