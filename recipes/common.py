@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -317,10 +317,10 @@ def summary(metrics: retrieval.RetrievalMetrics) -> dict:
     return result
 
 
-def tested(model, dataset: data.TrackletData, accelerator, *options) -> tuple[dict, Tensor]:
+def tested(model, dataset: data.TrackletData, accelerator, *options, **named) -> tuple[dict, Tensor]:
     """What a model reaches by the data set's protocol and its own distance; and the gallery's embeddings. Options are
     those of :func:`embed`."""
-    queries, gallery = embed_test(model, dataset, accelerator, *options)
+    queries, gallery = embed_test(model, dataset, accelerator, *options, **named)
     return summary(score(retrieval.distances(queries, gallery, model.clip.distance), dataset)), gallery
 
 
@@ -427,6 +427,14 @@ def held(directory: Path, accelerator: accelerate.Accelerator) -> Iterator[None]
             sweep(directory)
         accelerator.wait_for_everyone()
         yield
+
+
+def sweep_lock(directory: Path) -> None:
+    """Removes the lock of a command that was killed after its last file, unless another one is at work there."""
+    lock = directory / ".lock"
+    if lock.exists():
+        with suppress(OSError), locked(lock, str(directory)):
+            pass
 
 
 SETTINGS = {

@@ -29,7 +29,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,7 +48,7 @@ from tqdm import tqdm
 import temporal_agg
 from temporal_agg import data, plot
 from temporal_agg.aggregators import create_criterion, registry_entry
-from temporal_agg.files import locked, replace_file, sweep
+from temporal_agg.files import replace_file, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Building blocks
@@ -423,9 +423,8 @@ def train(
         with common.held(directory, accelerator):
             if not finished.exists():  # another command may have finished it while this one waited
                 return train_held(directory, dataset, settings, accelerator, bars, evaluate)
-    if accelerator.is_main_process and (directory / ".lock").exists():  # killed after its last file
-        with suppress(OSError), locked(directory / ".lock", str(directory)):
-            pass
+    if accelerator.is_main_process:
+        common.sweep_lock(directory)
     metrics = common.read_metrics(finished)
     check_finished(directory)
     accelerator.print(f"{directory}: finished before; its metrics are read, nothing is trained.")

@@ -238,7 +238,7 @@ class FrameRunner:
     def running(self, encode: bool = True) -> Iterator[None]:
         """Evaluation mode, no gradients and the wanted precision; then the modes that were.
 
-        ``encode=False``: the encoder is not used, so its weights need not be laid out.
+        ``encode=False``: the encoder is not used, and left as it is.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
@@ -246,10 +246,10 @@ class FrameRunner:
             with ExitStack() as stack:
                 if encode:
                     stack.enter_context(weights_laid_out(self.model.encoder, self.memory_format))
+                    stack.enter_context(forwards(self.exact))
                 stack.enter_context(torch.inference_mode())
                 if self.precision != "float32":
                     stack.enter_context(torch.autocast(self.device.type, getattr(torch, self.precision)))
-                    stack.enter_context(forwards(self.exact))
                 yield
         finally:
             for module, training in modes:

@@ -208,6 +208,25 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def gap(variants: dict, name: str, other: str, key: str, metric: str = "map") -> str:
+    """The paired difference, where there are both."""
+    if name not in variants or other not in variants or name == other:
+        return ""
+    return signed(*difference(variants, name, other, key, metric))
+
+
+def loss_table(variants: dict, names: Sequence[str], key: str) -> str:
+    """Aggregator and loss apart, of the systems that have something to be held against."""
+    rows = []
+    for name in [name for name in names if name in variants]:
+        common_loss, control = f"{name}: common loss", f"mean: {name}'s loss"
+        pairs = [(name, control), (common_loss, REFERENCE), (control, REFERENCE), (name, common_loss)]
+        row = [gap(variants, *pair, key) for pair in pairs]
+        rows += [[name, *row]] if any(row) else []
+    head = ["", "minus mean, both with its loss", "minus mean, both with the common loss"]
+    return markdown([*head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
+
+
 def supported(variants: dict, names: Sequence[str], reference: str, key: str) -> str:
     """What may be said about some variants and the reference, and no more; empty without the reference."""
     if reference not in variants:

@@ -33,12 +33,12 @@ import comparison
 import numpy as np
 import torch
 import train
-from common import draw, embed_test, load_model, score, summary, write_json, write_text
-from comparison import T_975, Variant, interval, markdown, signed, with_half
+from common import draw, load_model, tested, write_json, write_text
+from comparison import T_975, Variant, gap, interval, loss_table, markdown, signed, with_half
 from settings import Settings
 
 import temporal_agg
-from temporal_agg import data, retrieval
+from temporal_agg import data
 from temporal_agg.data.synthetic import FAULTS
 from temporal_agg.files import read_json
 
@@ -252,19 +252,17 @@ def run(out: Path, size: Size, name: str, seed: int, device: str = "auto", bars:
         if key not in done:
             model = model or load_model(str(directory), {}).to(accelerator.device)
             test = tracklets(size, seed, fault, strength)
-            precision = accelerator.mixed_precision
-            queries, gallery = embed_test(model, test, accelerator, 256, bars, mixed_precision=precision)
-            metrics = summary(score(retrieval.distances(queries, gallery, model.clip.distance), test))
+            metrics, _ = tested(model, test, accelerator, 256, bars, mixed_precision=accelerator.mixed_precision)
             done[key] = {"map": metrics["map"], "rank1": metrics["rank1"]}
-            if strength == middle(size):
+            if strength == middle(size.strengths):
                 done[key]["area"] = knowledge(model, size, seed, fault, strength)
             write_json(file, done)
     return {**result, "faults": done}
 
 
-def middle(size: Size) -> float:
+def middle(strengths: Sequence[float]) -> float:
     """The strength of the tables."""
-    return size.strengths[len(size.strengths) // 2]
+    return strengths[len(strengths) // 2]
 
 
 def read_faults(file: Path) -> dict:
@@ -332,15 +330,22 @@ def systems_table(study: dict) -> str:
     variants, keys = study["variants"], ["clean", *middle_keys(study)]
     rows = []
     for name in [name for name in SYSTEMS if name in variants]:
-        gap = signed(*difference(variants, name, REFERENCE)) if name != REFERENCE in variants else ""
         cells = [measured(variants, name, key) for key in keys]
-        rows.append([name, measured(variants, name), gap, *cells, variants[name]["criterion"]])
+        rows.append(
+            [
+                name,
+                measured(variants, name),
+                gap(variants, name, REFERENCE, "mixed"),
+                *cells,
+                variants[name]["criterion"],
+            ]
+        )
     head = ["", f"all four {study['size']['mixed']}", f"minus {REFERENCE}", *(key.replace("_", " ") for key in keys)]
     return markdown([*head, "loss"], rows)
 
 
 def middle_keys(study: dict) -> list[str]:
-    return [key_of(fault, middle(Size(**study["size"]))) for fault in FAULTS]
+    return [key_of(fault, middle(study["size"]["strengths"])) for fault in FAULTS]
 
 
 def areas_table(study: dict) -> str:
@@ -359,25 +364,15 @@ def curve_table(study: dict) -> str:
     variants, rows = study["variants"], []
     lengths = sorted({**LENGTHS, REFERENCE: 1.0}.items(), key=lambda item: item[1])
     for name, times in [(name, times) for name, times in lengths if name in variants]:
-        gain = signed(*difference(variants, name, REFERENCE)) if name != REFERENCE in variants else ""
-        rows.append([f"{round(times * study['size']['steps'])}", measured(variants, name), gain])
+        rows.append(
+            [
+                f"{round(times * study['size']['steps'])}",
+                measured(variants, name),
+                gap(variants, name, REFERENCE, "mixed"),
+            ]
+        )
     head = [f"steps of {REFERENCE}", f"all four {study['size']['mixed']}", f"minus {study['size']['steps']} steps"]
     return markdown(head, rows) if len(rows) > 1 else ""
-
-
-def losses_table(study: dict) -> str:
-    """Aggregator and loss apart, where there are both systems and their controls."""
-    variants, rows = study["variants"], []
-
-    def gap(a: str, b: str) -> str:
-        return signed(*difference(variants, a, b)) if a in variants and b in variants else ""
-
-    for name in [name for name in SYSTEMS if name in variants]:
-        same, control = f"{name}: common loss", f"mean: {name}'s loss"
-        row = [gap(name, control), gap(same, REFERENCE), gap(control, REFERENCE), gap(name, same)]
-        rows += [[name, *row]] if any(row) else []
-    head = ["minus mean, both with its loss", "minus mean, both with the common loss"]
-    return markdown(["", *head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
 
 
 def parts_table(study: dict) -> str:
@@ -406,7 +401,9 @@ def text(study: dict) -> str:
         "Is the training long enough? The same with fewer and with more steps:": curve_table(study),
         "Whether a frame's weight knows the frames that a fault has struck: area under the ROC curve in %; 50 knows\n"
         "nothing, and bold is where the interval leaves that out.": areas_table(study),
-        "Aggregator and loss apart, on tracklets with all four faults:": losses_table(study),
+        "Aggregator and loss apart, on tracklets with all four faults:": loss_table(
+            study["variants"], list(SYSTEMS), "mixed"
+        ),
         "Parts, on tracklets with all four faults:": parts_table(study),
     }
     parts = "\n".join(f"{title}\n\n{table}\n" for title, table in titles.items() if table.count("\n") > 1)

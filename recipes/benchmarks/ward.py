@@ -41,7 +41,19 @@ import numpy as np
 import torch
 import train
 from common import draw, tested, write_json, write_text
-from comparison import CONTROLS, POOLINGS, REFERENCE, SAME_LOSS, SYSTEMS, Variant, interval, markdown, signed
+from comparison import (
+    CONTROLS,
+    POOLINGS,
+    REFERENCE,
+    SAME_LOSS,
+    SYSTEMS,
+    Variant,
+    gap,
+    interval,
+    loss_table,
+    markdown,
+    signed,
+)
 from settings import Settings
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images
@@ -433,13 +445,6 @@ def gather(record: dict, names: Sequence[str]) -> tuple[list[int], dict]:
     return splits, variants
 
 
-def gap(variants: dict, name: str, other: str, key: str = "clean", metric: str = "map") -> str:
-    """The paired difference, where there are both."""
-    if name not in variants or other not in variants or name == other:
-        return ""
-    return signed(*comparison.difference(variants, name, other, key, metric))
-
-
 def reasons_table(record: dict) -> str:
     """What the systems are before anything of theirs is trained, and without what may hold them back."""
     rows = []
@@ -448,7 +453,7 @@ def reasons_table(record: dict) -> str:
         splits, variants = gather(record, [START, system, name])
         if len(variants) == 3:
             row = [name, ", ".join(map(str, splits)), comparison.measured(variants, name, "clean")]
-            rows.append([*row, gap(variants, name, START), gap(variants, system, name)])
+            rows.append([*row, gap(variants, name, START, "clean"), gap(variants, system, name, "clean")])
     return markdown(["", "splits", "mAP", f"minus {START}", "the trained system minus this"], rows) if rows else ""
 
 
@@ -484,17 +489,6 @@ def rejection_table(variants: dict, keys: Sequence[str]) -> str:
         rows.append(row)
     head = [cell for key in both for cell in (rejecting(key), "gain")]
     return markdown(["", *head], rows) if both else ""
-
-
-def loss_table(variants: dict) -> str:
-    """Aggregator and loss apart."""
-    rows = []
-    for name in [name for name in SYSTEMS if name in variants]:
-        common_loss, control = f"{name}: common loss", f"mean: {name}'s loss"
-        row = [gap(variants, name, control), gap(variants, common_loss, REFERENCE), gap(variants, control, REFERENCE)]
-        rows.append([name, *row, gap(variants, name, common_loss)])
-    head = ["", "minus mean, both with its loss", "minus mean, both with the common loss"]
-    return markdown([*head, "mean: its loss minus the common one", "its loss minus the common one"], rows)
 
 
 def cost_table(record: dict, variants: dict) -> str:
@@ -535,7 +529,7 @@ def longer_table(record: dict) -> str:
         row = [name, *(comparison.measured(variants, name, "clean") for variants in both)]
         row += [
             signed(*interval(np.subtract(maps[1], maps[0]))),
-            *(gap(variants, name, REFERENCE) for variants in both),
+            *(gap(variants, name, REFERENCE, "clean") for variants in both),
         ]
         rows.append([*row, *(f"{loss:.2f}" for loss in losses)])
     times = f"{LONGER} times the steps"
@@ -662,7 +656,7 @@ of twenty such differences one does so by chance. `start` is the common start: t
 
 Differences in mAP on the clean test.
 
-{loss_table(variants)}
+{loss_table(variants, list(SYSTEMS), "clean")}
 
 ## With faults in the tracklets
 

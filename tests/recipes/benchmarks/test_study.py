@@ -195,8 +195,8 @@ def test_what_is_finished_is_read_and_what_is_missing_made_again(study, tiny, ar
     file.write_text(json.dumps({key: value for key, value in done.items() if key != "blur 0.5"}))
     (out / "gltr-seed0" / "metrics.json").unlink()
     before = (out / "gltr-seed1" / "model.safetensors").stat().st_mtime_ns
-    calls, embed_test = [], study.embed_test
-    monkeypatch.setattr(study, "embed_test", lambda *a, **k: calls.append(a) or embed_test(*a, **k))
+    calls, tested = [], study.tested
+    monkeypatch.setattr(study, "tested", lambda *a, **k: calls.append(a) or tested(*a, **k))
     again = study.main(argv, tiny)
     assert len(calls) == 1
     assert read(file) == done
