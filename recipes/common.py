@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import temporal_agg
 from temporal_agg import data, retrieval
-from temporal_agg.files import Busy, locked, read_json, replace_file, sweep
+from temporal_agg.files import Busy, locked, print_any_name, read_json, replace_file, sweep
 
 RANKS = (1, 5, 10, 20)
 # What accelerate calls them -> what embed_tracklets does.
@@ -54,7 +54,8 @@ def parser_of(doc: str, **options) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], object], goes_on: str = "the same command goes on") -> None:
-    """Runs a script's main function; Ctrl-C ends it with one line."""
+    """Runs a script's main function; Ctrl-C ends it with one line, and every name can be printed."""
+    print_any_name()
     try:
         code = main()
     except KeyboardInterrupt:

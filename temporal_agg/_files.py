@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Busy", "locked", "read_json", "read_number", "read_text", "replace_file", "sweep"]
+__all__ = ["Busy", "locked", "print_any_name", "read_json", "read_number", "read_text", "replace_file", "sweep"]
 
 ABANDONED = 24 * 3600  # seconds after which something temporary is taken for a dead process's where locks do not work
 UMASK = 0o666  # before what the umask takes away
@@ -129,6 +130,14 @@ def read_text(path: str | os.PathLike) -> str:
     if "\x00" in text:
         raise ValueError(f"{path} is no text: it holds zero bytes. If it is UTF-16 without a mark, save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def print_any_name() -> None:
+    """From now on this process's standard output takes every name: what its encoding has not got comes with
+    backslashes. For scripts, at their start."""
+    change = getattr(sys.stdout, "reconfigure", None)  # None: closed, or no console
+    if change is not None:
+        change(errors="backslashreplace")
 
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
