@@ -17,7 +17,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Busy", "locked", "print_any_name", "read_json", "read_number", "read_text", "replace_file", "sweep"]
+__all__ = [
+    "Busy",
+    "locked",
+    "print_any_name",
+    "read_json",
+    "read_number",
+    "read_text",
+    "replace_file",
+    "sweep",
+    "utf8_name",
+]
 
 ABANDONED = 24 * 3600  # seconds after which something temporary is taken for a dead process's where locks do not work
 UMASK = 0o666  # before what the umask takes away
@@ -154,6 +164,19 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path}: expected a JSON {_JSON[kind]}, got {_JSON.get(type(content), 'something else')}.")
     return content
+
+
+@contextmanager
+def utf8_name(path: str | os.PathLike) -> Iterator[str]:
+    """A name under which safetensors opens a file: it refuses names that are no UTF-8, as Linux may have them."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield name
 
 
 def read_number(text: str) -> float:
