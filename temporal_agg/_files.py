@@ -167,13 +167,14 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
 
 @contextmanager
-def utf8_name(path: str | os.PathLike) -> Iterator[str]:
-    """A name under which safetensors opens a file: it refuses names that are no UTF-8, as Linux may have them."""
+def utf8_name(path: str | os.PathLike, mode: str = "rb") -> Iterator[str]:
+    """A name under which libraries open a file that refuse names that are no UTF-8, as Linux may have them
+    (safetensors, Parquet, FAISS); ``mode``: what they do with it."""
     name = os.fspath(path)
     try:
         name.encode()
     except UnicodeEncodeError:
-        with open(path, "rb") as file:
+        with open(path, mode) as file:
             yield f"/dev/fd/{file.fileno()}"
     else:
         yield name
