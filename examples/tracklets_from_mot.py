@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageOps
 from temporal_agg.data import open_image
 from temporal_agg.data.boxes import Box, crop, people_in, read_boxes
 from temporal_agg.data.images import is_image
-from temporal_agg.files import locked, read_json, read_text, replace_file
+from temporal_agg.files import locked, print_any_name, read_json, read_text, replace_file
 
 TILE, COLUMNS, LABEL = (64, 128), 8, 200  # of the contact sheet, in pixels
 
@@ -80,6 +80,14 @@ class Sequence:
         self.size = open_image(self.paths[self.span[0]]).size
         file = boxes or folder / "gt" / "gt.txt"
         self.found = read_boxes(file, args.columns, **box_filters(args), truth=boxes is None)
+        first, last = self.found.boxes[0].frame, self.found.boxes[-1].frame
+        start, end = self.span
+        if (first == start - 1 and last < end) or (last == end + 1 and first > start):
+            raise ValueError(
+                f"{file} has boxes in the frames {first} to {last}, and the images are {start} to {end}: one of them "
+                "counts from 0, and people would be cut out of the frame beside theirs. Number the images as the boxes "
+                "are; where an image is only missing, take its boxes out."
+            )
 
     def frames(self, numbers: list[int]) -> Iterator[tuple[int, Image.Image | OSError]]:
         for number in numbers:
@@ -321,4 +329,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    print_any_name()
     main()

@@ -18,6 +18,7 @@ from PIL import Image
 from tracklets_from_mot import box_filters, common_arguments, make
 
 from temporal_agg.data.boxes import read_boxes
+from temporal_agg.files import print_any_name
 
 try:
     import cv2
@@ -55,7 +56,10 @@ class Video:
                     at += 1
                 ok, image = video.read()
                 if at < number or not ok:
-                    ended = OSError(f"{self.file} ends before frame {number}, which has boxes.")
+                    ended = OSError(
+                        f"{self.file} ends before frame {number}, which has boxes. Its first frame is taken for number "
+                        f"{self.first}: --first-frame says another."
+                    )
                     yield from ((later, ended) for later in numbers if later >= number)
                     return
                 at += 1
@@ -83,4 +87,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    print_any_name()
     main()

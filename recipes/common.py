@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import temporal_agg
 from temporal_agg import data, retrieval
-from temporal_agg.files import Busy, locked, read_json, replace_file, sweep
+from temporal_agg.files import Busy, locked, print_any_name, read_json, replace_file, sweep, utf8_name
 
 RANKS = (1, 5, 10, 20)
 # What accelerate calls them -> what embed_tracklets does.
@@ -54,7 +54,8 @@ def parser_of(doc: str, **options) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], object], goes_on: str = "the same command goes on") -> None:
-    """Runs a script's main function; Ctrl-C ends it with one line."""
+    """Runs a script's main function; Ctrl-C ends it with one line, and every name can be printed."""
+    print_any_name()
     try:
         code = main()
     except KeyboardInterrupt:
@@ -390,7 +391,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with open(path, "rb"):  # safetensors gives errors of its own for what the system refuses
         pass
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with utf8_name(path) as name, safetensors.safe_open(name, "pt") as file:
             expected = (file.metadata() or {}).get("sha256")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:

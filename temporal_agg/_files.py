@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Busy", "locked", "read_json", "read_number", "read_text", "replace_file", "sweep"]
+__all__ = [
+    "Busy",
+    "locked",
+    "print_any_name",
+    "read_json",
+    "read_number",
+    "read_text",
+    "replace_file",
+    "sweep",
+    "utf8_name",
+]
 
 ABANDONED = 24 * 3600  # seconds after which something temporary is taken for a dead process's where locks do not work
 UMASK = 0o666  # before what the umask takes away
@@ -131,6 +142,14 @@ def read_text(path: str | os.PathLike) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def print_any_name() -> None:
+    """From now on this process's standard output takes every name: what its encoding has not got comes with
+    backslashes. For scripts, at their start."""
+    change = getattr(sys.stdout, "reconfigure", None)  # None: closed, or no console
+    if change is not None:
+        change(errors="backslashreplace")
+
+
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     """The content of a JSON file, an object by default.
 
@@ -145,6 +164,20 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path}: expected a JSON {_JSON[kind]}, got {_JSON.get(type(content), 'something else')}.")
     return content
+
+
+@contextmanager
+def utf8_name(path: str | os.PathLike, mode: str = "rb") -> Iterator[str]:
+    """A name under which libraries open a file that refuse names that are no UTF-8, as Linux may have them
+    (safetensors, Parquet, FAISS); ``mode``: what they do with it."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with open(path, mode) as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield name
 
 
 def read_number(text: str) -> float:

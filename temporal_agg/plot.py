@@ -54,6 +54,11 @@ def _figure(layout: Any = "constrained", **options: Any) -> "Figure":
     return Figure(layout=layout, **options)
 
 
+def _text(name: str) -> str:
+    """A name as it stands: no formula between two $, and with backslashes what is no text."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def cmc(curves: Mapping[str, Sequence[float] | np.ndarray], title: str = "") -> "Figure":
     """Draws cumulative matching characteristics.
 
@@ -69,8 +74,8 @@ def cmc(curves: Mapping[str, Sequence[float] | np.ndarray], title: str = "") -> 
     longest = 1
     for label, curve in curves.items():
         longest = max(longest, len(curve))
-        axes.plot(range(1, len(curve) + 1), 100 * np.asarray(curve), marker="o", markersize=3, label=label)
-    axes.set(xlabel="rank", ylabel="queries with a match up to this rank, %", title=title)
+        axes.plot(range(1, len(curve) + 1), 100 * np.asarray(curve), marker="o", markersize=3, label=_text(label))
+    axes.set(xlabel="rank", ylabel="queries with a match up to this rank, %", title=_text(title))
     axes.set_xticks([rank for rank in (1, 5, 10, 15, 20, 30, 40, 50) if rank <= longest])
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -111,7 +116,7 @@ def ranked_lists(
         own = -1 if query_index is None else query_index[q]
         order = ranked_gallery(np.asarray(distances[q]), query.pid, query.camera, pids, cams, own)[:ranks]
         _draw(axes[0], _middle(query), QUERY)
-        axes[0].set_ylabel(textwrap.fill(titles[i] if titles else query.name, 26), fontsize=6)
+        axes[0].set_ylabel(_text(textwrap.fill(titles[i] if titles else query.name, 26)), fontsize=6)
         for rank, (place, g) in enumerate(zip(axes[1:], order, strict=False), 1):
             _draw(place, _middle(gallery[g]), HIT if pids[g] == query.pid else WRONG)
             place.set_title(f"{rank}: {distances[q][g]:.3f}", fontsize=6)
@@ -155,7 +160,7 @@ def embedding_map(
     if len(axes.collections) <= 20:
         axes.legend(title="identity", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     labels = [f"component {i}, {100 * share:.0f} % of the variance" for i, share in enumerate(shares, 1)]
-    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=_text(title))
     return figure
 
 
@@ -492,7 +497,7 @@ class _Page:
         height = 0.15 * len(lines)
         axes = self.axes(height, -self.left, wide, 0.15)
         axes.axis("off")
-        axes.text(0.01, 0, "\n".join(lines), fontsize=8, va="bottom")
+        axes.text(0.01, 0, _text("\n".join(lines)), fontsize=8, va="bottom")
         self.y += height + 0.22
 
     def frames(self, titles: Sequence[str]) -> None:

@@ -136,6 +136,16 @@ def test_cmc_draws_each_curve_in_per_cent():
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 50], [2, 75], [3, 100]])
 
 
+def test_every_name_can_be_drawn(tmp_path):
+    """Of a folder whose name is no text, or looks like a formula."""
+    name = "caf\udce9 $_a$ and $b"
+    figure = plot.cmc({name: [0.5]}, name)
+    figure.savefig(tmp_path / "a.png")
+    assert figure.axes[0].get_title() == r"caf\udce9 \$_a\$ and \$b"
+    query = Tracklet([np.zeros((8, 4, 3), np.uint8)], 1, 1, name)
+    plot.ranked_lists(np.zeros((1, 1)), [query], [tracklet(1, 2)], [0]).savefig(tmp_path / "b.png")
+
+
 def test_ranked_lists_show_what_an_evaluation_counts():
     gallery = [tracklet(1, 1), tracklet(1, 2), tracklet(2, 1), tracklet(-1, 2), tracklet(3, 2)]
     queries = [tracklet(1, 1), tracklet(2, 2)]

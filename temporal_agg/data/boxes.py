@@ -4,8 +4,8 @@ Text files in the way of MOTChallenge have a box a line and no header: frame, id
 then what each tool likes. What the columns are is said by the name of a layout (``LAYOUTS``) or as a list of their
 names; unsaid, it is told from the content where only one layout fits. CSV files name their columns in the first line.
 
-Everywhere -1 means "unknown": a box whose identity is below 0 was not tracked and is left out, a confidence, class or
-visibility below 0 says nothing against a box.
+Everywhere -1 and an empty cell mean "unknown": a box whose identity is below 0 was not tracked and is left out, a
+confidence, class or visibility below 0 says nothing against a box.
 """
 
 import math
@@ -82,6 +82,7 @@ ALIASES |= {"bb_left": "left", "bb_top": "top", "bb_width": "width", "bb_height"
 ALIASES |= {"x1": "left", "y1": "top", "x2": "right", "y2": "bottom"}
 ALIASES |= {"x_min": "left", "y_min": "top", "x_max": "right", "y_max": "bottom", "tracker_id": "id"}
 ALIASES |= dict.fromkeys(("frame_id", "frame_idx", "frame_index", "frame_number"), "frame")
+CONFIDENT = ",".join((*_PLACE, "-", "class", "confidence"))  # of BoxMOT's evaluation, which has 1 where a flag is
 VISIBLE = {0: 1.0, 1: 0.75, 2: 0.25}  # of VisDrone's occlusion: none, up to half, more
 
 
@@ -150,7 +151,7 @@ def read_boxes(
             math.isnan(values[-1]) for _, values in rows
         ):
             rows = [(where, values[:-1]) for where, values in rows]  # a comma at the end of each line
-        name, layout = _layout(file, [values for _, values in rows], columns, truth)
+        name, layout = _layout(file, rows, columns, truth)
     found = Boxes([], name, layout.first_frame, len(rows))
     people = _classes(file, rows, layout, classes)
     for where, values in rows:
@@ -163,6 +164,8 @@ def read_boxes(
     if not found.boxes:
         untracked = found.dropped[UNTRACKED]
         hint = " The boxes have no identity (id -1): run a tracker first." if untracked else ""
+        if any(why.startswith(OTHER) for why in found.dropped):
+            hint += " --classes says which are people, --columns what the columns are, if they are others."
         raise ValueError(f"{file} has no box of a person: {found.report()}.{hint}")
     return found
 
@@ -222,6 +225,7 @@ def crop(image: Image.Image, box: Box, margin: float = 0.0) -> Image.Image:
 # Rows and columns
 
 UNTRACKED = "without an identity (id below 0)"
+OTHER = "of other classes than "
 Row = list[float]  # NaN: unknown
 
 
@@ -238,7 +242,7 @@ def _number(word: str) -> float | None:
 
 def _numbers(line: str, where: str) -> Row:
     separator = next((mark for mark in ",;\t" if mark in line), None)
-    words = [word.strip() for word in line.split(separator)]
+    words = [word.strip().strip('"') for word in line.split(separator)]
     values = [_number(word) if word else math.nan for word in words]
     if None in values or len(values) < len(_PLACE):
         raise ValueError(f"{where}: expected frame,id,left,top,width,height and so on, got {line[:80]!r}.")
@@ -246,11 +250,11 @@ def _numbers(line: str, where: str) -> Row:
 
 
 def _from_csv(file: Path, header: str) -> tuple[list[tuple[str, Row]], Layout, str]:
-    corners = re.search(r"\b(right|x2)\b", header.lower())
-    required = (*_PLACE[:4], *(("right", "bottom") if corners else ("width", "height")))
+    named = {ALIASES.get(name, name) for name in (word.strip(' "') for word in re.split("[,;\t]", header.lower()))}
+    required = (*_PLACE[:4], *(("right", "bottom") if "right" in named else ("width", "height")))
     rows: list[tuple[str, Row]] = []
     names: tuple[str, ...] = required
-    for where, cells in read_table(file, required, ALIASES):
+    for where, cells in read_table(file, required, ALIASES, comments=True):
         names = tuple(name if name in NAMES else "-" for name in cells)
         values = [
             math.nan if not cell or name == "-" else _number(cell)
@@ -266,13 +270,14 @@ def _listed(names: Iterable[str]) -> str:
     return ",".join(name for name in names if name != "-")
 
 
-def _layout(file: Path, rows: list[Row], columns: str | None, truth: bool) -> tuple[str, Layout]:
-    counts = {len(row) for row in rows}
+def _layout(file: Path, lines: list[tuple[str, Row]], columns: str | None, truth: bool) -> tuple[str, Layout]:
+    rows = [row for _, row in lines]
+    counts = Counter(map(len, rows))
     n = min(counts)
     if columns is not None:
         if columns in LAYOUTS:
             layout = LAYOUTS[columns]
-            return columns, layout._replace(columns=layout.columns[:n])
+            return columns, layout._replace(columns=layout.columns[: max(counts)])
         named = [ALIASES.get(name.strip(), name.strip()) for name in columns.split(",")]
         wanted = [name for name in named if name != "-"]
         place = {*_PLACE} <= {*named} or {*_PLACE[:4], "right", "bottom"} <= {*named}
@@ -285,8 +290,11 @@ def _layout(file: Path, rows: list[Row], columns: str | None, truth: bool) -> tu
             raise ValueError(f"{file}: a line has {n} columns, and {len(named)} were named: {columns}.")
         return _listed(named), Layout(tuple(named))
     if len(counts) > 1:
+        rare = min(counts, key=lambda count: counts[count])
+        where = next(where for where, row in lines if len(row) == rare)
         raise ValueError(
-            f"{file}: its lines have {min(counts)} to {max(counts)} columns: say what they are by --columns."
+            f"{where} has {rare} columns, the lines of the file have {n} to {max(counts)}: correct them, or say what "
+            "the columns are by --columns."
         )
     fitting = [name for name, layout in LAYOUTS.items() if _fits(rows, layout.columns)]
     if n <= 7 or (
@@ -304,6 +312,8 @@ def _layout(file: Path, rows: list[Row], columns: str | None, truth: bool) -> tu
         fitting = ["mot-gt"] if same else ["mot-gt", "boxmot"]
     else:
         fitting = [name for name in fitting if name in ("mot-gt", "boxmot")]
+        if fitting == ["mot-gt"] and not truth and all(row[6] == 1 and 0 < row[-1] < 1 for row in rows):
+            fitting.append(CONFIDENT)  # nobody is seen whole, or to be ignored: a tracker is never quite sure
     if n > 10 or len(fitting) != 1:
         can = f"can be {' or '.join(fitting)}" if fitting and n <= 10 else "are of no known layout"
         known = "; ".join(f"{name} = {','.join(layout.columns)}" for name, layout in LAYOUTS.items())
@@ -348,7 +358,7 @@ def _classes(file: Path, rows: list[tuple[str, Row]], layout: Layout, classes: S
     if classes is not None or layout.people:
         return set(layout.people if classes is None else classes)
     at = layout.columns.index("class")
-    present = sorted({int(values[at]) for _, values in rows if values[at] >= 0})
+    present = sorted({int(values[at]) for _, values in rows if at < len(values) and values[at] >= 0})
     if len(present) > 1:
         raise ValueError(
             f"{file} has boxes of the classes {', '.join(map(str, present))}: say which are people by --classes."
@@ -361,6 +371,7 @@ def _box(values: Row, layout: Layout, people: set[int] | None, confidence: float
     row = dict(zip(layout.columns, values, strict=False))
     row["right"] = row.get("right", row["left"] + row.get("width", 0))
     row["bottom"] = row.get("bottom", row["top"] + row.get("height", 0))
+    row["id"] = -1 if math.isnan(row["id"]) else row["id"]  # an empty cell
     place = [row[name] for name in ("frame", "id", "left", "top", "right", "bottom")]
     frame, track, left, top, right, bottom = place
     if not all(map(math.isfinite, place)) or frame != int(frame) or track != int(track) or abs(track) > 2**53:
@@ -381,7 +392,7 @@ def _box(values: Row, layout: Layout, people: set[int] | None, confidence: float
     if row.get("flag") == 0:
         return None, "to be ignored (flag 0)"
     if people is not None and kind is not None and kind not in people:
-        return None, f"of other classes than {', '.join(map(str, sorted(people)))}"
+        return None, OTHER + ", ".join(map(str, sorted(people)))
     if right <= left or bottom <= top:
         return None, "without an area"
     if right - left < 1 or bottom - top < 1:

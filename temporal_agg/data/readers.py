@@ -134,17 +134,19 @@ def read_csv(file: str | Path) -> TrackletData:
 
 
 def read_table(
-    file: Path, columns: Sequence[str], aliases: Mapping[str, str] | None = None
+    file: Path, columns: Sequence[str], aliases: Mapping[str, str] | None = None, comments: bool = False
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file below its header, which must name ``columns``: where each is, and its cells by column.
 
     Cells are stripped of white space; those that a row lacks are "". Names of columns are read in any case, and by
-    their ``aliases``.
+    their ``aliases``; ``comments``: lines that begin with # say nothing.
 
     Raises:
         ValueError: no such header, or what is no CSV; the message names file and line.
     """
     text = read_text(file)
+    if comments:
+        text = re.sub(r"^[ \t]*#.*$", "", text, flags=re.MULTILINE)
     header = text.lstrip("\n").partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
@@ -170,8 +172,8 @@ def _check_header(file: Path, names: Sequence[str], columns: Sequence[str]) -> N
     if missing:
         found = ",".join(names) or "an empty file"
         raise ValueError(
-            f"{file}: the first line should name the columns {','.join(columns)}; missing {', '.join(missing)} in "
-            f"{found[:200]!r}."
+            f"{file}: the first line should name the columns {','.join(columns)}, separated by commas, semicolons or "
+            f"tabs; missing {', '.join(missing)} in {found[:200]!r}."
         )
 
 

@@ -176,12 +176,17 @@ class Tracklet:
     def _load(self, index: int) -> Tensor:
         frame = self.frames[index]
         if isinstance(frame, np.ndarray):
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
                 raise ImageError(
                     f"frame {index} of {self._label()} must be a uint8 RGB array [h, w, 3], got {frame.dtype} "
-                    f"{list(frame.shape)}."
+                    f"{list(frame.shape)}{'' if frame.size else ': leave out boxes that lie outside of the image'}."
                 )
             pixels = frame.copy()
+        elif not isinstance(frame, (str, os.PathLike)):
+            raise ImageError(
+                f"frame {index} of {self._label()} must be a path or a uint8 RGB array [h, w, 3], got "
+                f"{type(frame).__name__}: pass numpy.asarray of it."
+            )
         else:
             try:
                 pixels = np.array(open_image(frame))

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .._files import locked, read_json, replace_file
+from .._files import locked, read_json, replace_file, utf8_name
 from . import manifest
 from .config import CONFIG, build, describe
 from .config import read as read_config
@@ -147,7 +147,7 @@ def _mark(weights: dict[str, Tensor]) -> str:
 def _mark_of(path: Path) -> str | None:
     """The mark that a save gave a weight file; None: none, or no such file."""
     with suppress(OSError, safetensors.SafetensorError):
-        with safetensors.safe_open(path, "pt") as file:
+        with utf8_name(path) as name, safetensors.safe_open(name, "pt") as file:
             return (file.metadata() or {}).get("weights")
     return None
 

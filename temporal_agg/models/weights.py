@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .._files import utf8_name
+
 __all__ = ["LoadReport", "load_weights", "read_checkpoint", "unwrap"]
 
 _log = logging.getLogger(__name__)
@@ -257,7 +259,8 @@ def _read(path: Path, prefix: str | None) -> _Checkpoint:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        with utf8_name(path) as name:
+            return safetensors.torch.load_file(name)
     except safetensors.SafetensorError as error:
         with open(path, "rb") as file:
             pickled = file.read(2) in (b"PK", b"\x80\x02")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import replace_file
+from .._files import replace_file, utf8_name
 from ._arrays import Array, like, whole
 from .distances import METRICS, Comparison
 from .search import SearchResult, keys_of, unpack
@@ -123,7 +123,8 @@ def save_index(index: Any, path: str | os.PathLike) -> None:
 
     def write(temporary: os.PathLike) -> None:
         try:
-            faiss.write_index(index, os.fspath(temporary))
+            with utf8_name(temporary, "wb") as name:
+                faiss.write_index(index, name)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[-1]) from error
 
@@ -142,7 +143,8 @@ def load_index(path: str | os.PathLike) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {os.fspath(path)}: expected a FAISS index, as `save_index` writes it.")
     try:
-        index = faiss.read_index(os.fspath(path))
+        with utf8_name(path) as name:
+            index = faiss.read_index(name)
         _metric_of(index)
     except Exception as error:  # FAISS raises RuntimeError, MemoryError, ...
         raise ValueError(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import locked, replace_file
+from .._files import locked, replace_file, utf8_name
 from ..data.tracklet import check_ids
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ def _write_npz(path: Path, found: Embeddings) -> None:
 
 def _read_parquet(path: Path) -> dict[str, Any]:
     pa, pq = _parquet()
-    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    with utf8_name(path) as name:
+        file = pq.ParquetFile(name, memory_map=True, page_checksum_verification=True)
     groups = range(file.metadata.num_row_groups)
     _bound(path, sum(file.metadata.row_group(i).total_byte_size for i in groups))
     about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b"{}"))
@@ -301,7 +302,8 @@ def _write_parquet(path: Path, found: Embeddings) -> None:
         columns[COLUMNS.get(key, key)] = value
     about = {key: getattr(found, key) for key in ONCE}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about).encode()})
-    pq.write_table(table, path, write_page_checksum=True)
+    with utf8_name(path, "wb") as name:
+        pq.write_table(table, name, write_page_checksum=True)
 
 
 _READ = {".npz": _read_npz, ".parquet": _read_parquet}

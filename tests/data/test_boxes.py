@@ -35,6 +35,10 @@ TOOLS = {
     "boxmot": ["{f},1,20,60,40,120,0.93,1,0", "{f},2,90,60,40,120,0.81,1,1"],
     "boxmot, certain": ["{f},1,20,60,40,120,1,1,0", "{f},2,90,60,40,120,1,1,1", "{f},-1,90,60,40,120,1,1,2"],
     "boxmot, alone": ["{f},1,20,60,40,120,0.93,0,0"],
+    "boxmot, quoted": [
+        '"{f}","1","20","60","40","120","0.93","1","0"',
+        '"{f}","2","90","60","40","120","0.81","1","1"',
+    ],
     "boxmot of eight": ["{f},1,20,60,40,120,0.93,0", "{f},2,90,60,40,120,0.9,0"],
     "visdrone": [
         "{f},0,0,0,60,60,0,0,0,0",
@@ -83,6 +87,18 @@ def test_unknown_is_said_by_minus_one(write):
     assert found.dropped == {"without an identity (id below 0)": 2}
     with pytest.raises(ValueError, match=r"(?s)no box of a person.*run a tracker first"):
         read_boxes(write("1,-1,20,60,40,120,0.9"))
+    header, rows = "frame,id,left,top,width,height", ["1,2,20,60,40,120", "1,,90,60,40,120", "2,nan,90,60,40,120"]
+    for lines in (rows, [header, *rows]):  # pandas leaves an empty cell where there is no number
+        found = read_boxes(write(*lines))
+        assert ids(found) == [2]
+        assert found.dropped == {"without an identity (id below 0)": 2}
+
+
+def test_a_line_that_breaks_off_takes_no_column_from_the_others(write):
+    lines = ["1,1,20,60,40,120,0.9,-1,-1,-1", "2,1,20,60,40,120,0.2,-1,-1,-1", "3,1,20,60,40,120"]
+    found = read_boxes(write(*lines), "mot", confidence=0.5)
+    assert [(box.frame, box.confidence) for box in found.boxes] == [(1, 0.9), (3, None)]
+    assert found.dropped == {"of a confidence below 0.5": 1}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +109,15 @@ def test_unknown_is_said_by_minus_one(write):
         (["1,1,20,60,40,120,1,2,3,4,5"], "its 11 columns are of no known layout"),
         (["1,1,20,60,40,120,0.5,1,0.5"], "its 9 columns are of no known layout"),
         (["1,1,2,6,4,12,0.5,0,0", "1,2,2,6,4,12,0.5,2,1"], r"boxes of the classes 0, 2: say .* --classes"),
-        (["1,1,20,60,40,120,0.5", "1,2,20,60,40,120"], "its lines have 6 to 7 columns"),
+        (
+            ["1,1,20,60,40,120,1,0,0.93", "1,2,90,60,40,120,1,0,0.41"],
+            "can be mot-gt or frame,.*,-,class,confidence. Say",
+        ),
+        (["1,1,20,60,40,120,1,2,1"], r"left out: 1 of other classes than 1.* --classes says which are people"),
+        (
+            [*["1,1,20,60,40,120,0.5"] * 2, "1,2,20,60,40,120"],
+            "line 3 has 6 columns, the lines of the file have 6 to 7",
+        ),
         (["inf,1,1,1,30,60"], "line 1: frame and id must be integers, and the box finite"),
         (["nan,1,1,1,30,60"], "line 1: frame and id must be integers"),
         (["1.5,1,1,1,30,60"], "line 1: frame and id must be integers"),
@@ -155,8 +179,8 @@ def test_csv_and_text_as_editors_write_them(write, encoding):
     assert found.boxes == [Box(1, 1, 19, 59, 40, 120, 0.5)]
     corners = ["frame,track_id,left,top,right,bottom", "0,1,20,60,60,180"]
     assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
-    corners[0] = "frame_idx,track_id,x1,y1,x2,y2"  # as detectors call them
-    assert read_boxes(write(*corners)).boxes == [Box(0, 1, 20, 60, 40, 120)]
+    for names in ("frame_idx,track_id,x1,y1,x2,y2", "frame_number,tracker_id,x_min,y_min,x_max,y_max"):  # of detectors
+        assert read_boxes(write("# a comment", names, corners[1])).boxes == [Box(0, 1, 20, 60, 40, 120)]
 
 
 def test_another_encoding_names_the_file(write):

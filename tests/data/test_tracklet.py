@@ -72,9 +72,12 @@ def test_bad_images_name_their_path(tmp_path):
 
 
 def test_arrays_of_another_kind_are_refused():
-    for bad in (picture().astype(np.float32), picture()[..., 0], picture().transpose(2, 0, 1)):
+    for bad in (picture().astype(np.float32), picture()[..., 0], picture().transpose(2, 0, 1), picture()[:0]):
         with pytest.raises(ImageError, match=r"identity 7, camera -1 must be a uint8 RGB array \[h, w, 3\]"):
             Tracklet([bad], pid=7).load([0])
+    for other in (Image.fromarray(picture()), torch.zeros(4, 3, 3, dtype=torch.uint8)):
+        with pytest.raises(ImageError, match=r"a path or a uint8 RGB array \[h, w, 3\], got (Image|Tensor)"):
+            Tracklet([other], pid=7).load([0])
 
 
 def test_a_tracklet_has_frames():

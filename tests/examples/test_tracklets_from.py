@@ -346,6 +346,22 @@ def test_mot_unreadable_frames_are_listed_at_once(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "skip" / "contact_sheet.jpg").is_file()
 
 
+@pytest.mark.parametrize("number", [-1, 1])
+def test_mot_images_and_boxes_that_count_from_other_numbers(tmp_path, monkeypatch, number):
+    """ByteTrack's demonstration counts frames from 0; folders of frames often do."""
+    main = load("tracklets_from_mot", monkeypatch)
+    folder = simple(tmp_path / "walk", [PERSON])
+    rows = [line.split(",", 1) for line in (folder / "gt" / "gt.txt").read_text().splitlines()]
+    (folder / "tracks.txt").write_text("".join(f"{int(frame) + number},{rest}\n" for frame, rest in rows))
+    command = [str(folder), "--out", str(tmp_path / "out"), *PLAIN, "--skip-unreadable"]
+    with pytest.raises(SystemExit, match=r"tracks\.txt has boxes in the frames .* one of them counts from 0"):
+        main([*command, "--boxes", str(folder / "tracks.txt")])
+    gone = 1 if number < 0 else 12  # only an image that is missing
+    (folder / "img1" / f"{gone:06d}.jpg").unlink()
+    main(command)
+    assert {int(path.stem) for path in tmp_path.glob("out/train/*/*/*.jpg")} == {*range(1, 13)} - {gone}
+
+
 @pytest.mark.parametrize(
     ("content", "read"),
     [

@@ -119,6 +119,16 @@ def test_channels_last_weights_are_saved(model, tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in want.items())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names that are no UTF-8")
+def test_a_directory_whose_name_is_no_utf8(model, tmp_path):
+    """safetensors does not open it, and a save that cannot read its weights again would take its config away."""
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    model.save_pretrained(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = TrackletModel.from_pretrained(directory).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize("where", ["writing", "renaming"])
 def test_a_broken_save_leaves_what_was_there(model, saved, monkeypatch, where):
     before = (saved / "model.safetensors").read_bytes()

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -31,9 +32,11 @@ def test_the_flat_index_ranks_as_search_does(people, metric, tmp_path):
     queries, gallery = people
     want = search(queries, gallery, 20, metric)
     index = faiss_index(gallery, metric)
-    save_index(index, tmp_path / "people.faiss")
-    assert [p.name for p in tmp_path.iterdir()] == ["people.faiss"]
-    for found in (index, load_index(tmp_path / "people.faiss")):
+    folder = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "folder")  # a name that is no UTF-8
+    folder.mkdir()
+    save_index(index, folder / "people.faiss")
+    assert [p.name for p in folder.iterdir()] == ["people.faiss"]
+    for found in (index, load_index(folder / "people.faiss")):
         got = search_index(found, queries, 20)
         np.testing.assert_allclose(got.distances, want.distances, rtol=1e-4, atol=1e-5)
         assert np.array_equal(got.indices, want.indices)

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import sys
 import zipfile
 
 import numpy as np
@@ -49,7 +51,9 @@ def kind(request):
 
 
 def test_what_is_written_is_read(kind, tmp_path):
-    path = tmp_path / f"a[1]{kind}"  # a name that means something to glob
+    folder = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "folder")  # a name that is no UTF-8
+    folder.mkdir()
+    path = folder / f"a[1]{kind}"  # a name that means something to glob
     for found in (
         embeddings(),
         embeddings(
@@ -61,7 +65,7 @@ def test_what_is_written_is_read(kind, tmp_path):
     ):
         store.write_embeddings(path, found)
         assert_equal(read_embeddings(path), found)
-        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        assert [p.name for p in folder.iterdir()] == [path.name]
     half = embeddings()._replace(embeddings=embeddings().embeddings.bfloat16().requires_grad_())
     store.write_embeddings(path, half)
     assert torch.equal(read_embeddings(path).embeddings, half.embeddings.detach().float())
