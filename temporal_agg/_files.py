@@ -143,8 +143,10 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def print_any_name() -> None:
-    """From now on this process's standard output takes every name: what its encoding has not got comes with
-    backslashes. For scripts, at their start."""
+    """Lets this process's standard output take every name: what its encoding has not got comes with backslashes.
+
+    For scripts, at their start.
+    """
     change = getattr(sys.stdout, "reconfigure", None)  # None: closed, or no console
     if change is not None:
         change(errors="backslashreplace")
@@ -168,8 +170,12 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
 @contextmanager
 def utf8_name(path: str | os.PathLike, mode: str = "rb") -> Iterator[str]:
-    """A name under which libraries open a file that refuse names that are no UTF-8, as Linux may have them
-    (safetensors, Parquet, FAISS); ``mode``: what they do with it."""
+    """A name by which libraries open a file that refuse names that are no UTF-8 (safetensors, Parquet, FAISS).
+
+    Args:
+        path: the file, of any name that Linux can have.
+        mode: what they do with it.
+    """
     name = os.fspath(path)
     try:
         name.encode()
