@@ -1,4 +1,5 @@
 import contextlib
+import io
 import math
 import os
 import re
@@ -696,7 +697,8 @@ def test_purity_is_that_of_the_frames_in_use(clip, reject):
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_program_without_a_console_shows_no_bar(model, monkeypatch, closed):
+def test_a_program_without_a_console_shows_no_bar(monkeypatch, closed):
+    model = create_model("mean_test_resnet", img_size=(64, 32))
     stream = io.StringIO()
     stream.close()
     monkeypatch.setattr("sys.stderr", stream if closed else None)

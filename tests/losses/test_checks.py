@@ -109,7 +109,7 @@ def test_options_of_other_types_name_themselves(name, options, said):
     ],
 )
 def test_sizes_of_nothing_are_refused(name, options):
-    with pytest.raises(ValueError, match="at least 1|>= 1"):
+    with pytest.raises(ValueError, match=r"at least 1|>= 1"):
         getattr(losses, name)(**options)
 
 
