@@ -1,13 +1,16 @@
 """Options as people give them, by name: checked against the types that a constructor declares."""
 
+import functools
 import inspect
 import math
 import numbers
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["LARGEST", "check", "check_sizes", "check_types", "fits"]
+__all__ = ["LARGEST", "check", "check_sizes", "check_types", "checked", "fits"]
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 LARGEST = 2**16  # of all whole numbers that a model is built with: sizes, widths and counts
 _PLURAL = {int: "whole numbers", float: "numbers", str: "strings", bool: "True and False"}
@@ -35,6 +38,29 @@ def check(what: str, build: Callable[..., object], given: Mapping[str, object], 
     for name, value in given.items():
         if isinstance(value, numbers.Real) and not math.isfinite(value):
             raise ValueError(f"{what}: {name} must be a finite number, got {value}.")
+
+
+def checked(init: Init, but: Collection[str] = ()) -> Init:
+    """An ``__init__`` that first raises TypeError where an argument is not of the type that it declares.
+
+    ``but``: arguments that are not looked at.
+    """
+    signature = inspect.signature(init)
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = [name for name, parameter in signature.parameters.items() if parameter.kind in plain][1:]
+
+    @functools.wraps(init)
+    def check_first(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:  # too many arguments, or too few: ``init`` says so itself
+            given = {}
+        check_types(
+            f"{type(self).__name__}: ", init, {name: given[name] for name in own if name in given and name not in but}
+        )
+        init(self, *args, **kwargs)
+
+    return check_first  # type: ignore[return-value]
 
 
 def check_types(where: str, build: Callable[..., object], given: Mapping[str, object]) -> None:

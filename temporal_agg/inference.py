@@ -571,7 +571,7 @@ def _join(batches: Sequence[Tensor]) -> Tensor:
 
 
 def frames_bar(total: int, progress: bool) -> Any:
-    if progress:
+    if progress and not getattr(sys.stderr, "closed", sys.stderr is None):  # a program without a console has none
         try:
             from tqdm import tqdm
 

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import math
 import os
 import re
@@ -693,3 +694,13 @@ def test_purity_is_that_of_the_frames_in_use(clip, reject):
         if want.start >= 0:
             want = want._replace(start=used[want.start], stop=used[want.stop - 1] + 1)
         assert (purity.start[i], purity.stop[i]) == (want.start, want.stop)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_program_without_a_console_shows_no_bar(monkeypatch, closed):
+    model = create_model("mean_test_resnet", img_size=(64, 32))
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr("sys.stderr", stream if closed else None)
+    tracklet = Tracklet([np.zeros((64, 32, 3), np.uint8)], pid=1)
+    assert embed_tracklets(model, [tracklet], progress=True).isfinite().all()

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from .. import masked
+from .._options import checked
+from ..losses._checks import check_labels
 
 __all__ = ["Aggregator", "Criterion", "Details", "MapKind", "join", "take"]
 
@@ -305,7 +307,8 @@ class Aggregator(nn.Module):
 
     def _like_parameters(self, x: Tensor) -> Tensor:
         """``x`` in the type of the parameters, after ``.half()`` too; a state is kept in at least float32."""
-        return x.to(next(self.parameters()).dtype)
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), x)  # quantised layers have none
+        return x.to(parameter.dtype)
 
     def _check_streaming(self) -> None:
         if self.streaming_reason:
@@ -381,6 +384,12 @@ class Criterion(nn.Module):
     weights: Mapping[str, float] = MappingProxyType({})
     wants_pairs: bool = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__, but=("model",))  # type: ignore[method-assign]
+
+    @checked
     def __init__(self, num_classes: int):
         super().__init__()
         if num_classes < 1:
@@ -401,7 +410,7 @@ class Criterion(nn.Module):
             TypeError: an embedding in place of the details, or labels that are no whole numbers.
             ValueError: not one label for each clip, or labels out of range (checked in eager mode only).
         """
-        self._check(details, labels)
+        labels = self._check(details, labels)
         own = dict(chain(self.named_parameters(), self.named_buffers()))
         own = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
         dtype = torch.float32
@@ -438,28 +447,21 @@ class Criterion(nn.Module):
         """The parameters for an optimizer; a group has options of its own where the paper trains it by other ones."""
         return [{"params": list(self.parameters())}]
 
-    def _check(self, details: Details, labels: Tensor) -> None:
+    def _check(self, details: Details, labels: Tensor) -> Tensor:
+        """The labels in int64."""
         name = type(self).__name__
         if not isinstance(details, Details):
             raise TypeError(
                 f"{name}: expected the model's Details, got {type(details).__name__}: call the model with "
                 "return_details=True."
             )
-        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{name}: labels must be a tensor of whole numbers [B], int64, got {got}.")
+        labels = check_labels(name, labels, self.num_classes)
         if labels.shape != details.embedding.shape[:1]:
             raise ValueError(
                 f"{name}: expected one label for each of the {len(details.embedding)} clips, got labels "
                 f"{list(labels.shape)}."
             )
-        if not masked.is_compiling() and len(labels):
-            low, high = (int(x) for x in labels.aminmax())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"{name}: labels must be class indices from 0 to num_classes - 1 = {self.num_classes - 1}, got "
-                    f"{low} to {high}. Map identities to classes (TrackletData.label_map), and leave junk out."
-                )
+        return labels
 
 
 def initial_classifier(in_features: int, num_classes: int, bias: bool = True) -> nn.Linear:

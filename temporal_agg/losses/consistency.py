@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import masked
+from .._options import checked
+from ._checks import check_labels, check_tensor
 
 __all__ = ["ConsistencyLoss"]
 
@@ -21,6 +23,7 @@ class ConsistencyLoss(nn.Module):
         in_features: C. Needed for centres only.
     """
 
+    @checked
     def __init__(self, num_classes: int | None = None, num_regions: int = 4, in_features: int = 2048):
         super().__init__()
         self.centres = None
@@ -41,14 +44,18 @@ class ConsistencyLoss(nn.Module):
             mask: bool ``[B, T]``, True = a real frame; None = all are real.
 
         Raises:
-            ValueError: shapes that do not fit each other or the centres.
+            TypeError: no tensors, or of other kinds of numbers.
+            ValueError: shapes that do not fit each other or the centres, or labels out of range.
         """
+        check_tensor("ConsistencyLoss", "regions", regions)
+        labels = check_labels("ConsistencyLoss", labels, None if self.centres is None else len(self.centres))
         if regions.dim() != 4 or labels.shape != regions.shape[:1]:
             raise ValueError(
                 f"expected regions [B, T, N_s, C] and labels [B], got {list(regions.shape)} and {list(labels.shape)}."
             )
         if mask is None:
             mask = masked.all_real(regions)
+        masked.check(mask, (regions.shape[0], regions.shape[1]))
         regions = masked.at_least_float32(regions)
         if self.centres is None:
             centres = masked.mean(regions, mask)

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
+from .._options import checked
+from ._checks import check_labels, check_tensor
 
 __all__ = ["OIMLoss"]
 
@@ -30,8 +32,11 @@ class OIMLoss(nn.Module):
 
     table: Tensor
 
+    @checked
     def __init__(self, num_classes: int, in_features: int, scale: float = 30.0, momentum: float = 0.5):
         super().__init__()
+        if min(num_classes, in_features) < 1:
+            raise ValueError(f"num_classes and in_features must be >= 1, got {num_classes} and {in_features}.")
         if not (0 < scale < float("inf") and 0 <= momentum <= 1):
             raise ValueError(f"scale must be above 0 and momentum a share, from 0 to 1, got {scale} and {momentum}.")
         self.scale = scale
@@ -59,11 +64,17 @@ class OIMLoss(nn.Module):
                 value is not. It is what comes of code that updates its table in the backward pass.
 
         Raises:
-            ValueError: shapes that do not fit each other or the table.
+            TypeError: no tensors, or of other kinds of numbers.
+            ValueError: shapes that do not fit each other or the table, or labels out of range.
         """
-        D = self.table.shape[1]
+        classes, D = self.table.shape
+        check_tensor("OIMLoss", "embeddings", embeddings)
+        labels = check_labels("OIMLoss", labels, classes)
         if mask is None:
             mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"OIMLoss: mask must be a bool tensor [N] (True = it counts), got {got}.")
         if embeddings.shape != (len(labels), D) or not labels.shape == mask.shape == embeddings.shape[:1]:
             raise ValueError(
                 f"expected embeddings [N, {D}], labels [N] and mask [N], got {list(embeddings.shape)}, "

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
+from .._options import checked
+from ._checks import check_labels, check_tensor
 from .triplet import TripletLoss
 
 __all__ = ["PyramidRankingLoss"]
@@ -24,8 +26,11 @@ class PyramidRankingLoss(nn.Module):
         stripes: the number of stripes of each pyramid level, G.
     """
 
+    @checked
     def __init__(self, margin: float = 0.4, stripes: tuple[int, ...] = (1, 2, 4)):
         super().__init__()
+        if not stripes or min(stripes) < 1:
+            raise ValueError(f"stripes must be numbers of at least 1, one for each pyramid level, got {stripes!r}.")
         self.stripes = tuple(stripes)
         self.triplet = TripletLoss(margin)
 
@@ -38,8 +43,11 @@ class PyramidRankingLoss(nn.Module):
             mask: bool ``[B, T]``, True = a real frame; None = all are real.
 
         Raises:
+            TypeError: no tensors, or of other kinds of numbers.
             ValueError: shapes that do not fit each other.
         """
+        check_tensor("PyramidRankingLoss", "features", features)
+        labels = check_labels("PyramidRankingLoss", labels)
         if features.dim() != 5 or labels.shape != features.shape[:1]:
             raise ValueError(
                 f"expected features [B, T, C, H, W] and labels [B], got {list(features.shape)} and "
@@ -47,8 +55,7 @@ class PyramidRankingLoss(nn.Module):
             )
         if mask is None:
             mask = masked.all_real(features)
-        elif mask.shape != features.shape[:2]:
-            raise ValueError(f"mask must have the shape [B, T] = {list(features.shape[:2])}, got {list(mask.shape)}.")
+        masked.check(mask, (features.shape[0], features.shape[1]))
         rows = masked.at_least_float32(features).mean(4)  # [B, T, C, H]: read once, pooled by each level
         levels = []
         for stripes in self.stripes:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
+from .._options import checked
+from ._checks import check_labels, check_tensor
 
 __all__ = ["TripletLoss", "euclidean_distances"]
 
@@ -35,6 +37,7 @@ class TripletLoss(nn.Module):
         distance: ``euclidean``, or ``cosine``: 1 - cosine.
     """
 
+    @checked
     def __init__(
         self,
         margin: float | None = 0.3,
@@ -62,8 +65,11 @@ class TripletLoss(nn.Module):
             labels: integers ``[N]``.
 
         Raises:
+            TypeError: no tensors, or of other kinds of numbers.
             ValueError: shapes that do not fit each other.
         """
+        check_tensor("TripletLoss", "embeddings", embeddings)
+        labels = check_labels("TripletLoss", labels)
         if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"expected embeddings [N, D] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."

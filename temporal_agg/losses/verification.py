@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masked
+from .._options import checked
+from ._checks import check_labels, check_tensor
 
 __all__ = ["VerificationLoss"]
 
@@ -19,8 +21,11 @@ class VerificationLoss(nn.Module):
         in_features: C.
     """
 
+    @checked
     def __init__(self, in_features: int):
         super().__init__()
+        if in_features < 1:
+            raise ValueError(f"in_features must be >= 1, got {in_features}.")
         self.norm = nn.BatchNorm1d(in_features)
         self.classifier = nn.Linear(in_features, 2)
         nn.init.normal_(self.classifier.weight, std=1e-3)
@@ -35,8 +40,11 @@ class VerificationLoss(nn.Module):
             labels: integers ``[N]``.
 
         Raises:
+            TypeError: no tensors, or of other kinds of numbers.
             ValueError: shapes that do not fit each other, or a batch that is not made of such pairs.
         """
+        check_tensor("VerificationLoss", "embeddings", embeddings)
+        labels = check_labels("VerificationLoss", labels)
         if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"expected embeddings [N, C] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."

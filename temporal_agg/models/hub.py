@@ -8,6 +8,7 @@ process is killed, what is read is the old pair or the new one.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -158,6 +159,8 @@ def resolve_directory(source: str | os.PathLike, revision: str | None, cache_dir
         repo, _, at = str(source).removeprefix("hf-hub:").partition("@")
         if at and revision and at != revision:
             raise ValueError(f"two revisions were given: {at!r} in {str(source)!r}, and revision={revision!r}.")
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
+            raise ValueError(f"a model on the Hub is named hf-hub:<owner>/<repo>[@<revision>], got {str(source)!r}.")
         return download(repo, at or revision, cache_dir)
     if revision is not None:
         raise ValueError(f"revision goes with hf-hub: names only, got revision={revision!r} for {str(source)!r}.")

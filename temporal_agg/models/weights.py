@@ -44,6 +44,9 @@ _WRAPPERS = (
     "ema",
 )
 _DEPTH = 16  # dicts in dicts that are looked into
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(
+    10, "little"
+)  # at the start of what torch.save wrote before it wrote zip files
 
 
 class LoadReport(NamedTuple):
@@ -239,7 +242,7 @@ class _Checkpoint(NamedTuple):
 def _read(path: Path, prefix: str | None) -> _Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; expected a .safetensors file or a directory with {WEIGHTS}.")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         tensors, root, keys = _read_safetensors(path), "", []
     else:
         content = _read_pickle(path)
@@ -248,6 +251,8 @@ def _read(path: Path, prefix: str | None) -> _Checkpoint:
         tensors, keys = _flat(content), [str(key) for key in content]
         root = _root(content, tensors, path)
     inside = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, the beginning of names in {path}, got {prefix!r}.")
     if prefix is None:
         return _Checkpoint(_without_wrappers(inside), keys)
     for names in (inside, tensors):
@@ -272,13 +277,20 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no complete safetensors file: {error}.") from error
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of any name begins as safetensors do: the length of a JSON object, and that."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
 def _read_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(20)
     if start and not start.startswith((b"PK", b"\x80")):
         raise ValueError(
-            f"{path} is no file of torch.save, it begins with {start!r}: a pointer of git LFS, or a web page in "
-            "place of the download?"
+            f"{path} is no file of torch.save, it begins with {start!r}: a pointer of git LFS, a web page in place of "
+            "the download, or an archive that has to be unpacked?"
         )
     if _is_torchscript(path):  # torch 2.0 would run it, weights_only or not
         raise ValueError(
@@ -290,6 +302,8 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\w)", str(error))
         what = refused[1] if refused else str(error).strip().splitlines()[-1]
+        if not refused and start.startswith(b"\x80") and _MAGIC not in start:
+            what = "it was written by pickle, not by torch.save"
         if what.startswith("numpy.") and not hasattr(torch.serialization, "get_safe_globals"):
             what += ", which torch 2.4 and later can read"
         raise ValueError(

@@ -52,3 +52,15 @@ def test_the_order_does_not_matter():
     nan, x = create_aggregator("nan", C), torch.randn(B, T, C)
     torch.nn.init.normal_(nan.kernel.weight)
     torch.testing.assert_close(nan(x.flip(1)), nan(x))
+
+
+def test_a_quantised_stream_equals_its_batch():
+    """A quantised layer has no parameters whose type a state could be turned into."""
+    torch.manual_seed(0)
+    aggregator = create_aggregator("nan", in_features=8).eval()
+    torch.nn.init.normal_(aggregator.kernel.weight)
+    quantised = torch.ao.quantization.quantize_dynamic(aggregator, {torch.nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        state = quantised.update(quantised.begin(2, x), x)
+        torch.testing.assert_close(quantised.read(state).embedding, quantised(x))

@@ -590,3 +590,9 @@ def test_a_convnext_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     x = torch.rand(1, 2, 3, *SIZE)
     assert torch.equal(TrackletModel.from_pretrained(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("repo", ["", "name", "a/b/c", "https://huggingface.co/a/b", "a/", "a b/c"])
+def test_a_name_without_an_owner_is_not_asked_for(repo):
+    with pytest.raises(ValueError, match="a model on the Hub is named hf-hub:<owner>/<repo>"):
+        create_model(f"hf-hub:{repo}")

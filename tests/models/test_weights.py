@@ -331,3 +331,23 @@ def test_files_that_are_no_weights(model, tmp_path):
         load_weights(model, tmp_path / "none.pt", strict=False)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_weights(model, tmp_path)
+
+
+def test_safetensors_under_another_name_are_read(model, tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    safetensors.torch.save_file(model.state_dict(), path)
+    assert load_weights(model, path, strict=False).missing == ()
+
+
+def test_a_plain_pickle_is_named(model, tmp_path):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"fc.weight": [0.0] * 10}, protocol=4))
+    with pytest.raises(ValueError, match=r"model\.pkl .*\(it was written by pickle, not by torch\.save\)"):
+        load_weights(model, path, strict=False)
+
+
+def test_a_prefix_is_a_string(model, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(TypeError, match=r"prefix must be a string, .*model\.pth, got 3"):
+        load_weights(model, path, strict=False, prefix=3)
