@@ -94,9 +94,14 @@ def check_embeddings(model: temporal_agg.TrackletModel, run: Path) -> int:
 
 
 def card(
-    weights: manifest.Weights, settings: dict, metrics: dict, config: dict, model: temporal_agg.TrackletModel
+    weights: manifest.Weights,
+    settings: dict,
+    metrics: dict,
+    config: dict,
+    model: temporal_agg.TrackletModel,
+    source: str,
 ) -> str:
-    """The model card."""
+    """The model card; ``source`` is where create_model finds the model."""
     encoder, name = config["encoder"], config["aggregator"]["name"]
     entry, data = registry_entry(name), settings["settings"]["data"].partition(":")[0]
     paper = entry.paper
@@ -124,6 +129,7 @@ def card(
         distance=model.clip.distance,
         height=height,
         width=width,
+        source=source,
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         version=settings["environment"]["temporal_agg"],
         git=settings["environment"].get("git") or "(not recorded)",
@@ -189,7 +195,9 @@ def check_place(out: Path, settings: dict) -> None:
         raise ValueError(f"{out} holds {', '.join(there)} of something else: choose another --out, or take them away.")
 
 
-def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: str | None) -> manifest.Weights:
+def prepare(
+    run: Path, out: Path, name: str | None, repo: str | None, licence: str | None, uploads: bool
+) -> manifest.Weights:
     """Checks a run, writes its release, and returns its entry for the manifest."""
     settings, metrics, config = read_run(run)
     data = settings["settings"]["data"].partition(":")[0]
@@ -226,7 +234,10 @@ def prepare(run: Path, out: Path, name: str | None, repo: str | None, licence: s
         protocol=protocol_of(metrics, model, settings["settings"]),
         command=command_of(settings["environment"]),
     )
-    text = card(weights, settings, metrics, config, model)
+    # A repository that is only planned may be anybody's by the time that somebody reads the card.
+    place = out.name if out.is_absolute() else out.as_posix()
+    source = f"hf-hub:{weights.repo}" if repo or uploads else f"local-dir:{place}"
+    text = card(weights, settings, metrics, config, model, source)
     write_json(out / "settings.json", settings)
     write_json(out / "metrics.json", metrics)
     for file, checksum in checksums.items():
@@ -266,7 +277,7 @@ def main(argv: list[str] | None = None) -> manifest.Weights:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / ".lock", str(out)):
             sweep(out)
-            weights = prepare(args.run, out, args.name, args.repo, args.licence)
+            weights = prepare(args.run, out, args.name, args.repo, args.licence, not args.dry_run)
             if not args.dry_run:
                 commit = hub.upload(
                     out, weights.repo, None, args.private, None, f"Release {weights.name}", list(RELEASE)

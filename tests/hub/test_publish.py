@@ -92,6 +92,8 @@ def test_a_dry_run_writes_all_of_the_release(publish, run, capsys):
     assert temporal_agg.create_model(f"local-dir:{out}").num_features == 512
 
     card = (out / "README.md").read_text()
+    assert 'create_model("local-dir:release")' in card
+    assert "hf-hub:" not in card  # a name that is only planned may be anybody's
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: temporal-agg\n")
     for section in ("How to use it", "Training data", "Protocol", "Results", "Limitations and ethics", "Citation"):
         assert f"\n## {section}\n" in card
@@ -241,6 +243,7 @@ def test_a_published_run_gives_its_metrics_in_a_fresh_process(hub_client, hub_se
         hub_client.run("manifest.PATH = packaged")
     entry = hub_server.repos["me/published"]
     assert weights["released"]
+    assert 'create_model("hf-hub:me/published")' in (tmp_path / "release" / "README.md").read_text()
     assert weights["revision"] == entry["refs"]["main"]
     files = entry["commits"][weights["revision"]]
     assert set(files) == {"README.md", "config.json", "metrics.json", "model.safetensors", "settings.json"}

@@ -16,6 +16,12 @@ HUB = sorted(file.parent for file in (ROOT / "hub").glob("*/model.safetensors"))
 OF_WARD = [directory for directory in HUB if directory.name.endswith(".ward")]
 
 
+@pytest.mark.parametrize("directory", HUB, ids=lambda directory: directory.name)
+def test_the_card_says_where_the_weights_are(directory):
+    """In this clone: nothing is on the Hub yet."""
+    assert f'create_model("local-dir:hub/{directory.name}")' in (directory / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_demonstration_weights_give_their_metrics():
     model = temporal_agg.create_model(f"local-dir:{DEMONSTRATION}")
