@@ -44,9 +44,7 @@ _WRAPPERS = (
     "ema",
 )
 _DEPTH = 16  # dicts in dicts that are looked into
-_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(
-    10, "little"
-)  # at the start of what torch.save wrote before it wrote zip files
+_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # begins what torch.save wrote before it wrote zip files
 
 
 class LoadReport(NamedTuple):
