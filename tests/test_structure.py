@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "_options": set(),
     "_version": set(),
     "masked": set(),
-    "losses": {"masked"},
+    "losses": {"_options", "masked"},
     "aggregators": {"_options", "data", "losses", "masked"},  # of data: ClipConfig, which is no data but how to cut it
     "models": {"_files", "_options", "_version", "aggregators", "masked"},
     "data": {"_files"},

@@ -96,7 +96,7 @@ def test_errors_name_what_exists():
     with pytest.raises(ValueError, match="'hard' or 'random'"):
         create_criterion("baseline", 5, aggregator, mining="soft")
     with pytest.raises(ValueError, match=r"\[4, 8\] and \[3\]"):
-        TripletLoss()(torch.randn(4, 8), torch.zeros(3))
+        TripletLoss()(torch.randn(4, 8), torch.zeros(3, dtype=torch.int64))
 
 
 def fgra(num_classes, options=None, **aggregator_options):

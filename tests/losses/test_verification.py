@@ -57,6 +57,6 @@ def test_other_batches_than_pairs_are_errors():
     loss = VerificationLoss(C)
     for labels in ([0, 0, 1], [0, 1, 1, 0], []):
         with pytest.raises(ValueError, match=r"batches of pairs.*\[" + ", ".join(map(str, labels))):
-            loss(torch.zeros(len(labels), C), torch.tensor(labels))
+            loss(torch.zeros(len(labels), C), torch.tensor(labels, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[4, 6\] and \[2\]"):
-        loss(torch.zeros(4, C), torch.zeros(2))
+        loss(torch.zeros(4, C), torch.zeros(2, dtype=torch.int64))
