@@ -220,7 +220,8 @@ def test_every_system_has_its_card(publish, run, tmp_path, name):
     settings["settings"]["data"] = "mars:/data/mars"
     metrics = json.loads((run / "metrics.json").read_text())
     weights = manifest.Weights("x.mars", False, "a/b", None, None, None, "MARS", "terms", "other", None, "p", "c")
-    card = publish.card(weights, settings, metrics, config, model)
+    card = publish.card(weights, settings, metrics, config, model, "local-dir:x")
+    assert 'create_model("local-dir:x")' in card
     assert ("@inproceedings{" in card) == ("the paper reports (not measured here)" in card) == (name != "mean")
     assert ("its authors released" in card) == name.endswith("released")
     assert "worth nothing" not in card
