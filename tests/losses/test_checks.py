@@ -14,7 +14,7 @@ MAPS = X[:, None, :, None, None].expand(4, 3, 8, 4, 2)
 
 def consistency():
     loss = losses.ConsistencyLoss(4, 2, 8)  # as many classes as labels: bytes would do for a mask
-    torch.nn.init.normal_(loss.centres, generator=torch.Generator().manual_seed(1))
+    loss.centres.data.normal_(generator=torch.Generator().manual_seed(1))
     return loss
 
 
