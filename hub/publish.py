@@ -205,7 +205,7 @@ def prepare(
     name = name or f"{model_name}.{data}"
     if not re.fullmatch(rf"{re.escape(model_name)}\.[A-Za-z0-9_-]+", name):  # what create_model makes of a name
         raise ValueError(f"--name must be {model_name}.<tag>, a tag of letters, digits, _ and -, got {name!r}.")
-    if repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
+    if repo is not None and not hub.is_repository(repo):
         raise ValueError(f"--repo must be owner/name on the Hub, got {repo!r}.")
     plan = manifest.read().get(name)
     licence = licence or (plan.licence if plan else None) or ("apache-2.0" if data == "synthetic" else None)

@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 
 import pytest
 
@@ -17,6 +18,14 @@ def pytest_pycollect_makemodule():
 def pytest_collection_finish():
     """What is imported by now stays: the garbage collector need not look through it again and again."""
     gc.freeze()
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    """Where the system has such a thing, its name is no UTF-8, which many libraries refuse."""
+    folder = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "folder")
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")

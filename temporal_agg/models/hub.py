@@ -28,7 +28,7 @@ from .config import read as read_config
 from .tracklet import TrackletModel
 from .weights import WEIGHTS, check_sha256, load_weights, path_of, plain_state, unwrap
 
-__all__ = ["download", "load", "push", "read_config", "restore", "save", "upload"]
+__all__ = ["download", "is_repository", "load", "push", "read_config", "restore", "save", "upload"]
 
 _WAITING = f".{CONFIG}.next"  # the config of weights that are about to arrive
 _LOCK = ".save.lock"
@@ -153,13 +153,18 @@ def _mark_of(path: Path) -> str | None:
     return None
 
 
+def is_repository(name: str) -> bool:
+    """Whether it is a name as the Hub has them, <owner>/<repo>."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None
+
+
 def resolve_directory(source: str | os.PathLike, revision: str | None, cache_dir: str | os.PathLike | None) -> Path:
     """A directory with a saved model: the one given, or a download of ``hf-hub:<owner>/<repo>[@<revision>]``."""
     if str(source).startswith("hf-hub:"):
         repo, _, at = str(source).removeprefix("hf-hub:").partition("@")
         if at and revision and at != revision:
             raise ValueError(f"two revisions were given: {at!r} in {str(source)!r}, and revision={revision!r}.")
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
+        if not is_repository(repo):
             raise ValueError(f"a model on the Hub is named hf-hub:<owner>/<repo>[@<revision>], got {str(source)!r}.")
         return download(repo, at or revision, cache_dir)
     if revision is not None:

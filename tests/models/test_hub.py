@@ -119,13 +119,11 @@ def test_channels_last_weights_are_saved(model, tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in want.items())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names that are no UTF-8")
-def test_a_directory_whose_name_is_no_utf8(model, tmp_path):
+def test_a_directory_whose_name_is_no_utf8(model, odd_folder):
     """safetensors does not open it, and a save that cannot read its weights again would take its config away."""
-    directory = tmp_path / os.fsdecode(b"caf\xe9")
-    model.save_pretrained(directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
-    loaded = TrackletModel.from_pretrained(directory).state_dict()
+    model.save_pretrained(odd_folder)
+    assert sorted(path.name for path in odd_folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = TrackletModel.from_pretrained(odd_folder).state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
 
 
