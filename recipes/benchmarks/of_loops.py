@@ -41,7 +41,10 @@ def fastest(model: temporal_agg.TrackletModel) -> temporal_agg.TrackletModel:
 
 
 def embed_command(args: argparse.Namespace) -> dict:
-    """Whole tracklets by embed_tracklets, against the backbone alone on frames that are there already."""
+    """Whole tracklets by embed_tracklets, against the backbone alone on frames that are there already.
+
+    With a half precision beside it, the backbone as timm makes it (contiguous), on whole batches, as well.
+    """
     torch.set_num_threads(args.threads)
     tracklets = drawn(args.size, args.tracklets, args.frames)
     count, rows = args.tracklets * args.frames, []
@@ -58,6 +61,8 @@ def embed_command(args: argparse.Namespace) -> dict:
         if "precision" in inspect.signature(temporal_agg.embed_tracklets).parameters and args.half:
             half = partial(temporal_agg.embed_tracklets, model, tracklets, precision=args.half, **options)
             works[args.half] = Call(half)
+            plain = copy.deepcopy(model).encoder
+            works["contiguous"] = Call(partial(alone, plain, frames.split(args.frames_per_batch)))
         rows.append(row_of(f"mean_{name}", milliseconds(works, False, args), frames=count))
     result = result_of("embed", args, rows)
     print(heading(result))

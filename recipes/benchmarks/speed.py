@@ -234,7 +234,7 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
 
 
 PARTS = {  # what "all" measures, and what of it in little
-    "embed": ("--tracklets 8 --repeats 4", "--models resnet10t --size 64x32 --tracklets 4 --repeats 2"),
+    "embed": ("--tracklets 8 --repeats 8", "--models resnet10t --size 64x32 --tracklets 4 --repeats 2"),
     "stream": ("", "--models mean_resnet10t --size 64x32 --tracks 5 --repeats 2"),
     "train": ("--identities 4 --repeats 3", "--models resnet10t --size 64x32 --repeats 2"),
     "long": ("", "--names mean --frames 50 --backbone resnet10t --no-memory"),

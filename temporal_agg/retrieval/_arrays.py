@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Ids", "as_tensors", "ids", "like", "no_nan_rows", "peaks", "whole"]
+__all__ = ["Array", "Ids", "as_tensors", "ids", "largest_of", "like", "no_nan_rows", "peaks", "whole"]
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 Ids = Sequence[int] | np.ndarray | Tensor
@@ -52,16 +52,22 @@ def as_tensors(**arrays: np.ndarray | Tensor) -> list[Tensor]:
 
 
 def peaks(name: str, x: Tensor) -> Tensor:
-    """The largest absolute value of each row ``[N]``.
+    """:func:`largest_of` embeddings.
 
     Raises:
         ValueError: rows that hold NaN or infinity; the message names them.
     """
+    largest = largest_of(x)
+    no_nan_rows(name, largest)
+    return largest
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value of each row ``[N]``: NaN or infinite if it holds such a number."""
     size = max(1, _NUMBERS // max(1, x.shape[1]))
     largest, room = x.new_empty(len(x)), x.new_empty(min(size, len(x)), x.shape[1])
     for rows, out in zip(x.split(size), largest.split(size), strict=True):
         torch.amax(torch.abs(rows, out=room[: len(rows)]), 1, out=out)
-    no_nan_rows(name, largest)
     return largest
 
 

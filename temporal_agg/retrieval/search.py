@@ -94,7 +94,8 @@ def search(
     k = min(k, G)
     if block is None:
         most = max(_COLUMNS, _NUMBERS // compared.sides[1].shape[1])
-        block = max(2 * k, min(most, max(_COLUMNS, _CELLS // max(1, min(Q, _ROWS)))))
+        fits = _CELLS // max(1, min(Q, _ROWS)) // _GROUP * _GROUP  # all queries at once, as long as they are few
+        block = max(2 * k, min(most, max(_COLUMNS, fits)))
     block = -(-min(max(block, k), max(G, 1)) // _GROUP) * _GROUP
     height = max(1, min(_ROWS, _CELLS // block))
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .._files import locked, replace_file, utf8_name
-from ..data.tracklet import check_ids
+from ..data.tracklet import IDS, check_ids
+from ._arrays import largest_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -344,9 +345,10 @@ def _check(found: Embeddings, what: str) -> None:
         values = getattr(found, field)
         if values is not None and len(values) != shape[0]:
             raise ValueError(f"{what} has {shape[0]} embeddings and {len(values)} {field}")
-    unknown = [-1] * shape[0]
-    for name, pid, camera in zip(found.names, found.pids or unknown, found.cameras or unknown, strict=True):
-        check_ids(pid, camera, f"{what} (pids and cameras of {name!r})")
+    if not all(_are_ids(values) for values in (found.pids, found.cameras) if values is not None):
+        unknown = [-1] * shape[0]
+        for name, pid, camera in zip(found.names, found.pids or unknown, found.cameras or unknown, strict=True):
+            check_ids(pid, camera, f"{what} (pids and cameras of {name!r})")
     for field in ("start", "end", "change"):
         if (least := min(getattr(found, field) or [0])) < -1:
             raise ValueError(f"{what} has {least} in {field}, where frames are counted from 0, and -1 is unknown")
@@ -359,6 +361,11 @@ def _check(found: Embeddings, what: str) -> None:
         raise ValueError(f"{what} should have the distance cosine, euclidean or dot, got {found.distance!r}")
 
 
+def _are_ids(values: list[int]) -> bool:
+    """Whether there is nothing to look for one by one."""
+    return set(map(type, values)) == {int} and min(values) >= -1 and max(values) < IDS
+
+
 def _twice(names: list[str]) -> str:
     """What says which names come more than once; empty where none does."""
     if len(set(names)) == len(names):
@@ -368,7 +375,7 @@ def _twice(names: list[str]) -> str:
 
 
 def _check_finite(found: Embeddings) -> None:
-    wrong = (~found.embeddings.isfinite().all(1)).nonzero()[:, 0].tolist()
+    wrong = (~largest_of(found.embeddings).isfinite()).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(
             f"the embeddings of {len(wrong)} tracklets are not finite numbers, the first that of "

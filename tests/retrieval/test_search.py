@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from temporal_agg.retrieval import SearchResult, distances, search
+from temporal_agg.retrieval.distances import Comparison
 
 METRICS = ("cosine", "euclidean", "dot")
 
@@ -125,6 +126,20 @@ def test_memory_does_not_grow_with_the_table():
     before = high_water()
     search(queries, gallery, 10)
     assert high_water() - before < 100
+
+
+@pytest.mark.parametrize("count", [1, 700, 1000, 1024])
+def test_the_gallery_is_read_once_for_a_thousand_queries(count, monkeypatch):
+    read, part = [], Comparison.part
+
+    def counted(self, side, rows):
+        if side == 1:
+            read.extend(range(self.sizes[1])[rows])
+        return part(self, side, rows)
+
+    monkeypatch.setattr(Comparison, "part", counted)
+    search(torch.randn(count, 4), torch.randn(5000, 4), 3)
+    assert read == list(range(5000))
 
 
 def test_errors_say_what_came():
