@@ -604,6 +604,7 @@ def text(record: dict, names: Sequence[str]) -> str:
     failures = (
         f"Not in the tables, because a training's loss was not finite: {', '.join(failed)}.\n\n" if failed else ""
     )
+    anew = f" All but halves and faults is drawn with seed {size['seed']}." if size["seed"] else ""
     intro = f"""# Comparison on WARD
 
 Each split: 35 people to train on, 35 others to test on, queries of camera 1, gallery of cameras 2 and 3.
@@ -613,13 +614,13 @@ single frames ({size["encoder_epochs"] * 3} batches of 96); from it every varian
 {len(size["rates"])} on split {size["search"]}, which is not in the result, for each with its own loss. GLTR has a
 first stage of its own on top, for the embedding of its frames. What is not called otherwise has the common loss:
 cross-entropy and batch-hard triplet (cosine) behind a BatchNorm. STAR's backbone needs a ResNet and is not here; `gsta`
-is its other half.
+is its other half.{anew}
 """
     devices = "\n".join("{device}, torch {torch}. `python {command}`".format(**of) for of in record["environments"])
     of_steps = f"A step is forward, loss, backward and optimiser for {clips} clips, the backbone's part included, on "
     of_steps = of_steps + "{device}, {threads} threads. ".format(**record["steps"]) if record["steps"] else ""
-    search = search_table(record, names)
-    search = f"\n## Learning rates\n\nmAP in % on split {size['search']}.\n\n{search}\n" if record["search"] else ""
+    search, of = search_table(record, names), f", of seed {record['rates_of']}" if "rates_of" in record else ""
+    search = f"\n## Learning rates\n\nmAP in % on split {size['search']}{of}.\n\n{search}\n" if record["search"] else ""
     if reasons := reasons_table(record):
         search = f"\n## Before and without\n\n{reasons}\n{search}"
     if longer := longer_table(record):
@@ -711,6 +712,7 @@ def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
     parser.add_argument("--reasons", action="store_true", help=text)
     parser.add_argument("--steps", action="store_true", help="time a step of each, on a quiet machine, and no more")
     parser.add_argument("--seed", type=int, default=0, help="of the trainings; each wants its own --out and --results")
+    parser.add_argument("--rates-of", type=Path, help="a --results of seed 0, to take the learning rates from")
     parser.add_argument("--tables", action="store_true", help="write tables and figure of ward.json, train nothing")
     comparison.add_arguments(parser, "ward", list(VARIANTS))
     args = parser.parse_args(argv)
@@ -784,9 +786,16 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
         args.results.mkdir(parents=True, exist_ok=True)
         file = args.results / "ward.json"
         record = read_record(file, size)
+        if args.rates_of:
+            seed, other = 0, args.rates_of / "ward.json"
+            if not other.is_file():
+                raise FileNotFoundError(f"no file {other}: --rates-of wants the --results of an earlier comparison.")
+            record["search"] = read_record(other, dataclasses.replace(size, seed=seed))["search"]
+            record["rates_of"] = seed
         if not args.tables:
             device = common.accelerator_of(args.device).device
             command = f"recipes/benchmarks/ward.py --root <clone> --backbone-weights <file> --jobs {args.jobs}"
+            command += f" --seed {args.seed}" if args.seed else ""
             about = {**common.environment(device), "command": command, "threads": comparison.threads(args.jobs)}
             machine = [about[key] for key in ("device", "torch")]
             if machine not in [[of[key] for key in ("device", "torch")] for of in record["environments"]]:

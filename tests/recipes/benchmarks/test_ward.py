@@ -276,6 +276,25 @@ def test_what_contradicts_a_paper_is_said_with_what_the_controls_show(ward):
     assert "not known" in ward.against_papers(variants).splitlines()[0]
 
 
+@pytest.mark.slow
+def test_another_seed_takes_the_learning_rates_of_the_first(ward, tiny, argv, finished, tmp_path):
+    results = ward.parse(argv).results
+    argv = [*argv, "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--seed", "1", "--only", "mean"]
+    again = ward.main([*argv, "--rates-of", str(results)], tiny)
+    assert again["search"] == finished["search"]
+    assert set(again["encoders"]) == {"0", "1"}
+    assert again["encoders"]["1"]["losses"] != finished["encoders"]["1"]["losses"]
+    settings = json.loads((tmp_path / "runs" / "mean-split1-rate0" / "settings.json").read_text())["settings"]
+    assert settings["seed"] == 1001
+    page = (tmp_path / "ward.md").read_text()
+    assert "drawn with seed 1" in page
+    assert "on split 0, of seed 0." in page
+    assert "--seed 1" in page
+    assert "seed" not in (results / "ward.md").read_text()
+    with pytest.raises(SystemExit, match="--rates-of wants"):
+        ward.main([*argv, "--rates-of", str(tmp_path / "none")], tiny)
+
+
 def test_the_page_shows_the_record_that_is_kept(ward):
     """docs/results.md includes ward.md."""
     record = ward.read_record(RESULTS / "ward.json", ward.Size())
