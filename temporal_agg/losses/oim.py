@@ -75,7 +75,7 @@ class OIMLoss(nn.Module):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"OIMLoss: mask must be a bool tensor [N] (True = it counts), got {got}.")
-        if embeddings.shape != (len(labels), D) or not labels.shape == mask.shape == embeddings.shape[:1]:
+        if labels.dim() != 1 or embeddings.shape != (*labels.shape, D) or mask.shape != labels.shape:
             raise ValueError(
                 f"expected embeddings [N, {D}], labels [N] and mask [N], got {list(embeddings.shape)}, "
                 f"{list(labels.shape)} and {list(mask.shape)}."

@@ -45,9 +45,10 @@ class VerificationLoss(nn.Module):
         """
         check_tensor("VerificationLoss", "embeddings", embeddings)
         labels = check_labels("VerificationLoss", labels)
-        if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
+        C = self.norm.num_features
+        if labels.dim() != 1 or embeddings.shape != (*labels.shape, C):
             raise ValueError(
-                f"expected embeddings [N, C] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."
+                f"expected embeddings [N, {C}] and labels [N], got {list(embeddings.shape)} and {list(labels.shape)}."
             )
         probes, gallery = labels[0::2], labels[1::2]
         if len(labels) % 2 or len(labels) == 0 or not (masked.is_compiling() or torch.equal(probes, gallery)):

@@ -60,3 +60,5 @@ def test_other_batches_than_pairs_are_errors():
             loss(torch.zeros(len(labels), C), torch.tensor(labels, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[4, 6\] and \[2\]"):
         loss(torch.zeros(4, C), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"expected embeddings \[N, {C}\].*got \[2, {C + 1}\]"):
+        loss(torch.zeros(2, C + 1), torch.zeros(2, dtype=torch.int64))
