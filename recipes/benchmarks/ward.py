@@ -571,9 +571,31 @@ def against_papers(variants: dict) -> str:
             held.append("it is higher with the common loss, so its own loss is a reason")
         if is_below(variants, f"{name}: common loss", REFERENCE):
             held.append("it is with the common loss, too, so its aggregator is a reason")
-        why = "; ".join(held) or "no control is, so the reason is not known"
+        controls = [control for control in (f"mean: {name}'s loss", f"{name}: common loss") if control in variants]
+        no_control = "no control is" if controls else "no control was trained"
+        why = "; ".join(held) or f"{no_control}, so the reason is not known"
         lines.append(f"- `{name}` is below mean pooling, against its paper: {why}.")
     return "\n".join(lines)
+
+
+def seeds_table(record: dict, other: dict) -> str:
+    """The differences from mean pooling beside those of another seed, and of both: each split the mean of the two."""
+    names = [name for name in SHOWN if all(name in of["results"] for of in (other, record))]
+    splits = [split for split in gather(record, names)[0] if split in gather(other, names)[0]]
+    seeds = [gather({**of, "size": {"splits": splits}}, names)[1] for of in (other, record)]
+    rows, keys = [], ["clean", *(key_of(*fault) for fault in record["size"]["shares"])]
+    both: dict[str, dict] = {
+        name: {"map": {key: np.mean([variants[name]["map"][key] for variants in seeds], 0) for key in keys}}
+        for name in names
+        if all(name in variants for variants in seeds)
+    }
+    for name in [name for name in both if name != REFERENCE]:
+        cells = [gap(variants, name, REFERENCE, "clean") for variants in (*seeds, both)]
+        rows.append([name, *cells, *(gap(both, name, REFERENCE, key) for key in keys if key != "clean")])
+    titles = [f"clean: seed {of['size']['seed']}" for of in (other, record)]
+    head = ["", *titles, "clean: both", *(f"{key}: both" for key in keys if key != "clean")]
+    which = ", ".join(map(str, splits))
+    return f"mAP minus that of mean pooling, on splits {which}.\n\n{markdown(head, rows)}" if rows and splits else ""
 
 
 def before(record: dict) -> str:
@@ -592,7 +614,8 @@ def before(record: dict) -> str:
     return f"Mean pooling on splits {which}: ImageNet's weights as they are, {untrained}; the encoders, {trained}."
 
 
-def text(record: dict, names: Sequence[str]) -> str:
+def text(record: dict, names: Sequence[str], other: dict | None = None) -> str:
+    """The page; ``other``: what it is held against, of another seed."""
     size = record["size"]
     splits, variants = gather(record, names)
     height, width = size["size"]
@@ -630,6 +653,17 @@ is its other half.{anew}
         state = f"**No split of {count} is whole yet: the comparison is not finished.**\n\n{before(record)}"
         return f"{intro}\n{state}\n{search}\n{devices}\n"
     rejection = rejection_table(variants, keys)
+    apart = loss_table(variants, list(SYSTEMS), "clean") if variants.keys() & {*SAME_LOSS, *CONTROLS} else ""
+    if apart:
+        apart = f"""## Aggregator and loss apart
+
+Differences in mAP on the clean test.
+
+{apart}
+
+"""
+    seeds = seeds_table(record, other) if other else ""
+    seeds = f"## Beside seed {other['size']['seed']}\n\n{seeds}\n\n" if other and seeds else ""
     if rejection:
         rejection = f"""
 ## Foreign frames rejected
@@ -653,13 +687,7 @@ of twenty such differences one does so by chance. `start` is the common start: t
 {said(variants, keys)}
 {against_papers(variants)}
 
-{failures}## Aggregator and loss apart
-
-Differences in mAP on the clean test.
-
-{loss_table(variants, list(SYSTEMS), "clean")}
-
-## With faults in the tracklets
+{failures}{seeds}{apart}## With faults in the tracklets
 
 mAP. A run of each tracklet's frames, of queries and gallery: another person of the same camera in its place (foreign),
 over half of it (occlusion), or the box off its person (bad boxes).
@@ -712,7 +740,8 @@ def parse(argv: list[str], size: Size | None = None) -> argparse.Namespace:
     parser.add_argument("--reasons", action="store_true", help=text)
     parser.add_argument("--steps", action="store_true", help="time a step of each, on a quiet machine, and no more")
     parser.add_argument("--seed", type=int, default=0, help="of the trainings; each wants its own --out and --results")
-    parser.add_argument("--rates-of", type=Path, help="a --results of seed 0, to take the learning rates from")
+    text = "a --results of seed 0, to take the learning rates from and to be held against"
+    parser.add_argument("--beside", type=Path, help=text)
     parser.add_argument("--tables", action="store_true", help="write tables and figure of ward.json, train nothing")
     comparison.add_arguments(parser, "ward", list(VARIANTS))
     args = parser.parse_args(argv)
@@ -786,12 +815,12 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
         args.results.mkdir(parents=True, exist_ok=True)
         file = args.results / "ward.json"
         record = read_record(file, size)
-        if args.rates_of:
-            seed, other = 0, args.rates_of / "ward.json"
-            if not other.is_file():
-                raise FileNotFoundError(f"no file {other}: --rates-of wants the --results of an earlier comparison.")
-            record["search"] = read_record(other, dataclasses.replace(size, seed=seed))["search"]
-            record["rates_of"] = seed
+        other = None
+        if args.beside:
+            if not (args.beside / "ward.json").is_file():
+                raise FileNotFoundError(f"no ward.json in {args.beside}: --beside wants the --results of seed 0.")
+            other = read_record(args.beside / "ward.json", dataclasses.replace(size, seed=0))
+            record["search"], record["rates_of"] = other["search"], 0
         if not args.tables:
             device = common.accelerator_of(args.device).device
             command = f"recipes/benchmarks/ward.py --root <clone> --backbone-weights <file> --jobs {args.jobs}"
@@ -813,7 +842,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> dict:
             else:
                 run_all(plan, record, args.only, args.splits, args.jobs, args.longer, keep)
         names = [name for name in args.only if name in VARIANTS]
-        write_text(args.results / "ward.md", text(record, names))
+        write_text(args.results / "ward.md", text(record, names, other))
         if gather(record, names)[0]:
             draw(args.results / "ward.png", lambda: figure(record, names))
     return record

@@ -280,7 +280,7 @@ def test_what_contradicts_a_paper_is_said_with_what_the_controls_show(ward):
 def test_another_seed_takes_the_learning_rates_of_the_first(ward, tiny, argv, finished, tmp_path):
     results = ward.parse(argv).results
     argv = [*argv, "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--seed", "1", "--only", "mean"]
-    again = ward.main([*argv, "--rates-of", str(results)], tiny)
+    again = ward.main([*argv, "--beside", str(results)], tiny)
     assert again["search"] == finished["search"]
     assert set(again["encoders"]) == {"0", "1"}
     assert again["encoders"]["1"]["losses"] != finished["encoders"]["1"]["losses"]
@@ -291,15 +291,43 @@ def test_another_seed_takes_the_learning_rates_of_the_first(ward, tiny, argv, fi
     assert "on split 0, of seed 0." in page
     assert "--seed 1" in page
     assert "seed" not in (results / "ward.md").read_text()
-    with pytest.raises(SystemExit, match="--rates-of wants"):
-        ward.main([*argv, "--rates-of", str(tmp_path / "none")], tiny)
+    with pytest.raises(SystemExit, match="--beside wants"):
+        ward.main([*argv, "--beside", str(tmp_path / "none")], tiny)
 
 
-def test_the_page_shows_the_record_that_is_kept(ward):
+def test_a_seed_beside_the_first_one_and_both_together(ward, two):
+    other = json.loads(json.dumps(two))
+    two["size"]["seed"] = 1
+    for i, runs in enumerate(other["results"].values()):
+        for split, run in runs.items():
+            for j, found in enumerate(run["tests"].values()):
+                found["map"] = (0.3 * i + 0.17 * int(split) * (j + 1) + 0.1 * i * i) % 1
+    written = ward.text(two, NAMES, other).partition("## Beside seed 0")[2].partition("\n## ")[0]
+    assert "on splits 1, 2." in written
+    assert set(rows(written)) == {"", "---", "gltr", "start"}
+
+    def gaps(record, name, key):
+        tests = [[record["results"][of][split]["tests"][key]["map"] for split in "12"] for of in (name, "mean")]
+        return 100 * np.subtract(*tests)
+
+    for name in ("gltr", "start"):
+        seeds = [gaps(of, name, "clean") for of in (other, two)]
+        faults = [(gaps(other, name, key) + gaps(two, name, key)) / 2 for key in ("foreign 50 %", "bad boxes 50 %")]
+        want = [*seeds, (seeds[0] + seeds[1]) / 2, *faults]
+        for cell, of in zip(rows(written)[name][1:], want, strict=True):
+            mean, half = map(float, cell.strip("*").split(" ± "))
+            assert mean == pytest.approx(of.mean(), abs=0.051)
+            assert half == pytest.approx(12.706 * abs(of[0] - of[1]) / 2, rel=1e-3, abs=0.051)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_page_shows_the_record_that_is_kept(ward, seed):
     """docs/results.md includes ward.md."""
-    record = ward.read_record(RESULTS / "ward.json", ward.Size())
-    assert (RESULTS / "ward.md").read_text(encoding="utf-8") == ward.text(record, list(ward.VARIANTS))
-    assert (RESULTS / "ward.png").exists() == bool(ward.gather(record, list(ward.VARIANTS))[0])
+    first, folder = ward.read_record(RESULTS / "ward.json", ward.Size()), RESULTS / ("seed1" if seed else "")
+    record = ward.read_record(folder / "ward.json", ward.Size(seed=seed))
+    names, other = (list(ward.SHOWN), first) if seed else (list(ward.VARIANTS), None)
+    assert (folder / "ward.md").read_text(encoding="utf-8") == ward.text(record, names, other)
+    assert (folder / "ward.png").exists() == bool(ward.gather(record, names)[0])
 
 
 def test_the_best_rate_is_that_of_the_highest_map(ward):
