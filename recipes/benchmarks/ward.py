@@ -595,7 +595,8 @@ def seeds_table(record: dict, other: dict) -> str:
     titles = [f"clean: seed {of['size']['seed']}" for of in (other, record)]
     head = ["", *titles, "clean: both", *(f"{key}: both" for key in keys if key != "clean")]
     which = ", ".join(map(str, splits))
-    return f"mAP minus that of mean pooling, on splits {which}.\n\n{markdown(head, rows)}" if rows and splits else ""
+    intro = f"## Beside seed {other['size']['seed']}\n\nmAP minus that of mean pooling, on splits {which}."
+    return f"{intro}\n\n{markdown(head, rows)}\n\n" if rows else ""
 
 
 def before(record: dict) -> str:
@@ -663,7 +664,6 @@ Differences in mAP on the clean test.
 
 """
     seeds = seeds_table(record, other) if other else ""
-    seeds = f"## Beside seed {other['size']['seed']}\n\n{seeds}\n\n" if other and seeds else ""
     if rejection:
         rejection = f"""
 ## Foreign frames rejected
