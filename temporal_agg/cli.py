@@ -176,7 +176,7 @@ def run_search(args: argparse.Namespace) -> None:
     if args.index is not None and args.rerank:
         raise ValueError("--rerank compares everything with everything: leave --index out.")
     check_output(args.output, args.overwrite, args.query, args.gallery, args.index, args.model)
-    gallery = read_embeddings(args.gallery)
+    gallery = read_embeddings(args.gallery, mmap=args.query.is_file())  # a folder takes long: until then it may change
     index = None if args.index is None else read_index(args.index, gallery, args.gallery)
     if args.query.is_dir():
         args.backbone_pretrained |= not args.model and gallery.backbone_pretrained
@@ -255,7 +255,7 @@ def ranked(
     itself: dict[int, set[int]] = {}
     for i, j in zip(*(side.tolist() for side in own), strict=True):
         itself.setdefault(i, set()).add(j)
-    for i, (values, places) in enumerate(zip(rows, columns, strict=True)):
+    for i, (values, places) in enumerate(zip(rows.numpy(), columns.numpy(), strict=True)):  # tensors' rows are slow
         pairs = [(float(d), j) for d, j in zip(values.tolist(), places.tolist(), strict=True) if j >= 0]
         pairs = [(d, j) for d, j in pairs if j not in itself.get(i, ())][:k]
         matches = [{"rank": n, "name": gallery.names[j], "distance": d} for n, (d, j) in enumerate(pairs, 1)]

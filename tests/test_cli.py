@@ -378,6 +378,25 @@ def test_an_output_that_appears_meanwhile_stays(plain, tmp_path, monkeypatch, ca
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.txt", "q.npz"]
 
 
+def test_a_gallery_may_be_written_into_while_a_folder_is_embedded(embed, folder, tmp_path, monkeypatch, capsys):
+    """It takes long, and the gallery was read before: a file that is mapped would change, or end the process."""
+    embed()
+    command = ["search", str(folder), str(tmp_path / "out.npz"), "--format", "json"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    want = capsys.readouterr().out
+    prepare = cli.prepare
+
+    def slow(*args):
+        with open(tmp_path / "out.npz", "r+b") as file:
+            file.write(bytes((tmp_path / "out.npz").stat().st_size))
+        return prepare(*args)
+
+    monkeypatch.setattr(cli, "prepare", slow)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == want
+
+
 def test_threshold_and_unknown(plain, tmp_path, capsys):
     rows = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
     q = plain("q.npz", [[1.0, 0.1], [1.0, 1.0]], ["near", "unknown"])

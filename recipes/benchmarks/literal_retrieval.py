@@ -15,6 +15,14 @@ def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T), 0)
 
 
+def search(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest by cosine: distances and places ``[Q, k]``; every query ranks the whole gallery."""
+    queries, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, gallery))
+    table = 1 - queries @ gallery.T
+    order = np.stack([row.argsort(kind="stable")[:k] for row in table])
+    return np.take_along_axis(table, order, 1), order
+
+
 def evaluate(
     distances: np.ndarray,
     query_pids: np.ndarray,

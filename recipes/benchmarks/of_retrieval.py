@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import io
 import sys
 import tempfile
@@ -125,16 +126,33 @@ def build_files(names: Sequence[str], sides: Sequence[torch.Tensor], folder: Pat
     return files
 
 
-def search_files(files: Sequence[str], k: int) -> None:
+def search_files(files: Sequence[str], k: int, output: Path) -> None:
     """``temporal-agg search`` without the start of Python: it reads both files and writes a third."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        code = cli.main(["search", *files, "-k", str(k), "--format", "csv", "-o", f"{folder}/found.csv"])
+    command = ["search", *files, "-k", str(k), "--format", "csv", "-o", str(output), "--overwrite"]
+    with contextlib.redirect_stderr(io.StringIO()):
+        code = cli.main(command)
     if code:
         raise ValueError(f"temporal-agg search ended with {code}.")
 
 
+def sort_files(files: Sequence[str], k: int, output: Path) -> None:
+    """The same in plain numpy, which sorts whole rows."""
+    (names, queries), (others, gallery) = ((x["names"], x["embeddings"]) for x in map(np.load, files))
+    found = literal_retrieval.search(queries, gallery, k)
+    with open(output, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["query", "rank", "gallery", "distance"])
+        for name, distances, places in zip(names, *found, strict=True):
+            rows = enumerate(zip(others[places], distances, strict=True), 1)
+            writer.writerows([name, rank, other, f"{distance:.6f}"] for rank, (other, distance) in rows)
+
+
+FROM_FILES = {"ours": search_files, "sorted": sort_files}
+
+
 def search_command(args: argparse.Namespace) -> dict:
-    """The k nearest, against the matrix product of all queries and the gallery alone; and from file to file."""
+    """The k nearest, against the matrix product of all queries and the gallery alone; and from file to file, against
+    plain numpy that sorts whole rows, too."""
     torch.set_num_threads(args.threads)
     g = torch.Generator().manual_seed(0)
     rows = []
@@ -144,18 +162,22 @@ def search_command(args: argparse.Namespace) -> dict:
         product, about = Call(partial(torch.mm, Q, G.T)), {"queries": queries, "gallery": gallery, "k": args.k}
         with tempfile.TemporaryDirectory() as folder:
             files = build_files(("queries", "gallery"), (Q, G), Path(folder))
-            for name, call in (
-                ("search", partial(retrieval.search, Q, G, args.k)),
-                ("the command", partial(search_files, files, args.k)),
+            for name, calls in (
+                ("search", {"ours": partial(retrieval.search, Q, G, args.k)}),
+                (
+                    "the command",
+                    {form: partial(run, files, args.k, Path(folder, "found.csv")) for form, run in FROM_FILES.items()},
+                ),
             ):
-                times = milliseconds({"ours": Call(call), "product": product}, False, args)
-                rows.append(row_of(name, times, **about))
+                works = {form: Call(call) for form, call in calls.items()}
+                rows.append(row_of(name, milliseconds({**works, "product": product}, False, args), **about))
     result = result_of("search", args, rows)
     print(heading(result))
-    lines = [["", "queries x gallery", "ms", "a query, ms", "the product alone, ms", "times the product"]]
+    lines = [["", "queries x gallery", "ms", "a query, ms", "the product alone, ms", "times the product", "sorted, ms"]]
     for row in rows:
         ms, queries = row["ms"], row["queries"]
         cells = [f"{ms['ours']:.1f}", f"{ms['ours'] / queries:.2f}", f"{ms['product']:.1f}"]
-        lines.append([row["name"], f"{queries} x {row['gallery']}", *cells, f"{1 / row['speedup']['product']:.2f}"])
+        cells += [f"{1 / row['speedup']['product']:.2f}", f"{ms['sorted']:.1f}" if "sorted" in ms else "-"]
+        lines.append([row["name"], f"{queries} x {row['gallery']}", *cells])
     print(common.layout(lines))
     return result

@@ -38,7 +38,7 @@ format that suits it. stream: a crop of each of many tracks, in sizes of their o
 every track after it, against the same backbone on as many frames. train: steps of train.py without checkpoints, loader
 and all, against forward, backward and step on batches that are there. long: one tracklet, against mean pooling; its
 memory is what comes on top of model and frames. search: the k nearest by cosine, against the product of both matrices,
-in memory, and by the command from file to file.
+in memory, and by the command from file to file; "sorted" is plain numpy from file to file, which sorts whole rows.
 
 compare takes ratios where a run has them, so that files of two machines can be compared; the noise is that of the runs.
 
@@ -235,7 +235,7 @@ def check_place(parser: argparse.ArgumentParser, out: str | None) -> None:
 
 PARTS = {  # what "all" measures, and what of it in little
     "embed": ("--tracklets 8 --repeats 8", "--models resnet10t --size 64x32 --tracklets 4 --repeats 2"),
-    "stream": ("", "--models mean_resnet10t --size 64x32 --tracks 5 --repeats 2"),
+    "stream": ("--repeats 15", "--models mean_resnet10t --size 64x32 --tracks 5 --repeats 2"),
     "train": ("--identities 4 --repeats 3", "--models resnet10t --size 64x32 --repeats 2"),
     "long": ("", "--names mean --frames 50 --backbone resnet10t --no-memory"),
     "aggregators": (

@@ -11,11 +11,13 @@ in the schema's metadata under ``temporal-agg``. A name that is no UTF-8 makes `
 import json
 import math
 import os
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,11 +95,18 @@ def write_embeddings(path: str | os.PathLike, found: Embeddings) -> None:
     check_kind(path)
     _check(found, str(path))
     found = found._replace(embeddings=found.embeddings.detach().cpu().float())
-    replace_file(path, lambda temporary: _WRITE[path.suffix](temporary, found))
+    write = _write_npz if path.suffix == ".npz" else _write_parquet
+    replace_file(path, lambda temporary: write(temporary, found))
 
 
-def read_embeddings(path: str | os.PathLike) -> Embeddings:
+def read_embeddings(path: str | os.PathLike, *, mmap: bool = False) -> Embeddings:
     """Reads what :func:`write_embeddings` wrote.
+
+    Args:
+        mmap: leave the embeddings of an npz file where they are, checked, and map them into memory: several times as
+            fast where the file was used lately, and in memory that others may have when they need it. While the tensor
+            lives, the file may be replaced (not on Windows), as all functions here do, but not cut or written into: a
+            process that reads what is gone ends. What is written into the tensor stays out of the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -109,7 +118,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
         raise FileNotFoundError(f"no file {path}: expected one that `temporal-agg embed` wrote.")
     check_kind(path)
     try:
-        fields = _READ[path.suffix](path)
+        fields = _read_npz(path, mmap) if path.suffix == ".npz" else _read_parquet(path)
         if missing := [key for key in Embeddings._fields if key not in {*fields, *DEFAULTS}]:
             raise ValueError(f"it has no {', '.join(missing)}")
         found = Embeddings(**{**DEFAULTS, **fields})
@@ -189,11 +198,18 @@ def check_kind(path: Path) -> None:
 # The two kinds
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
-        _bound(path, sum(member.file_size for member in archive.infolist()))
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {key: stored[key] for key in (*Embeddings._fields, "num_marks") if key in stored.files}
+def _read_npz(path: Path, mmap: bool) -> dict[str, Any]:
+    arrays: dict[str, np.ndarray] = {}
+    with open(path, "rb") as file:  # once, as it may be replaced at any moment
+        with zipfile.ZipFile(file) as archive:
+            _bound(path, sum(member.file_size for member in archive.infolist()))
+            mapped = _mapped(file, archive, "embeddings.npy") if mmap else None
+        if mapped is not None:
+            arrays["embeddings"] = mapped
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as stored:
+            wanted = [key for key in (*Embeddings._fields, "num_marks") if key in stored.files and key not in arrays]
+            arrays |= {key: stored[key] for key in wanted}
     fields: dict[str, Any] = {}
     for key, array in arrays.items():
         kinds = "f" if key in ("embeddings", "purity") else "iu" if key in {*NUMBERS, *MARKS} else "U"
@@ -207,6 +223,30 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if fields.keys() & MARKS:
         fields["marks"] = _cut(fields.get("marks"), fields.pop("num_marks", None))
     return fields
+
+
+def _mapped(file: IO[bytes], archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
+    """A float32 array of an npz file, in the file; None where it must be unpacked, or is missing."""
+    if name not in archive.namelist():
+        return None
+    about = archive.getinfo(name)
+    with archive.open(about) as member:
+        if about.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
+            return None
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    file.seek(about.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))  # of the name and of what else stands before the member
+    start = file.tell() + sum(lengths)
+    if fortran or dtype != np.dtype("<f4") or (start + header) % dtype.itemsize:
+        return None
+    try:
+        content = np.memmap(file, np.uint8, "c", start, (about.file_size,))
+    except OSError:  # some file systems map nothing
+        return None
+    if zlib.crc32(content.data) != about.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {name!r}")
+    return content[header:].view(dtype).reshape(shape)
 
 
 def _cut(marks: np.ndarray | None, counts: np.ndarray | None) -> list[bytes]:
@@ -305,10 +345,6 @@ def _write_parquet(path: Path, found: Embeddings) -> None:
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about).encode()})
     with utf8_name(path, "wb") as name:
         pq.write_table(table, name, write_page_checksum=True)
-
-
-_READ = {".npz": _read_npz, ".parquet": _read_parquet}
-_WRITE = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 def _parquet() -> tuple[Any, Any]:

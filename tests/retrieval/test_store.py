@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -61,6 +63,7 @@ def test_what_is_written_is_read(kind, odd_folder):
     ):
         store.write_embeddings(path, found)
         assert_equal(read_embeddings(path), found)
+        assert_equal(read_embeddings(path, mmap=True), found)
         assert [p.name for p in odd_folder.iterdir()] == [path.name]
     half = embeddings()._replace(embeddings=embeddings().embeddings.bfloat16().requires_grad_())
     store.write_embeddings(path, half)
@@ -170,6 +173,7 @@ GOOD = {
     "fingerprint": np.array("f"),
 }
 BAD = {
+    "no embeddings": ("embeddings", None),
     "no name": ("names", None),
     "names of numbers": ("names", np.arange(2)),
     "names of bytes": ("names", np.array([b"a", b"b"])),
@@ -207,11 +211,12 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("what", BAD)
-def test_wrong_fields_of_npz_are_named(what, tmp_path):
+def test_wrong_fields_of_npz_are_named(what, mmap, tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, **GOOD)
-    assert read_embeddings(path).names == ["a", "b"]
+    assert read_embeddings(path, mmap=mmap).names == ["a", "b"]
     key, value = BAD[what]
     fields = {**GOOD, key: value} if value is not None else {k: v for k, v in GOOD.items() if k != key}
     np.savez(path, **fields, allow_pickle=True) if value is not None and value.dtype == object else np.savez(
@@ -220,7 +225,7 @@ def test_wrong_fields_of_npz_are_named(what, tmp_path):
     with pytest.raises(
         ValueError, match=r"a\.npz is no file that `temporal-agg embed` wrote, or it is damaged: "
     ) as got:
-        read_embeddings(path)
+        read_embeddings(path, mmap=mmap)
     assert any(text in str(got.value) for text in ("Object arrays", "are named", key))
 
 
@@ -256,9 +261,9 @@ def test_no_file_fills_the_memory(tmp_path):
         read_embeddings(path)
 
 
-def assert_right_or_named(path, want):
+def assert_right_or_named(path, want, mmap=False):
     try:
-        got = read_embeddings(path)
+        got = read_embeddings(path, mmap=mmap)
     except ValueError as error:
         if f"{path.name} is no file" not in str(error):
             raise
@@ -279,10 +284,80 @@ def test_damaged_files_are_named(kind, tmp_path):
             del damaged[rng.integers(len(content)) :]
         path.write_bytes(damaged)
         assert_right_or_named(path, want)
+        assert_right_or_named(path, want, mmap=True)
     for other in (b"", b"PK\3\4 no", b"PAR1", b"\x80\x04."):
         path.write_bytes(other)
         with pytest.raises(ValueError, match="is no file that"):
             read_embeddings(path)
+
+
+def test_a_mapped_gallery_takes_no_memory_and_its_file_stays_as_it_is(tmp_path):
+    path, N = tmp_path / "a.npz", 4000
+    found = embeddings(**NOTHING)._replace(embeddings=torch.randn(N, 512), names=[str(i) for i in range(N)])
+    store.write_embeddings(path, found)
+    content = path.read_bytes()
+    tracemalloc.start()
+    try:
+        got = read_embeddings(path, mmap=True)
+        mapped = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        read_embeddings(path)
+        read = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = found.embeddings.nbytes
+    assert mapped < size / 4 < size < read
+    assert torch.equal(got.embeddings, found.embeddings)
+    got.embeddings.zero_()
+    store.write_embeddings(path, found._replace(embeddings=-found.embeddings))
+    assert not got.embeddings.any()
+    store.write_embeddings(path, found)
+    assert path.read_bytes() == content
+
+
+def test_any_bit_of_a_mapped_gallery_may_be_wrong(tmp_path):
+    """Numbers that are numbers still, and not in the part that is read for the header: only the checksum tells."""
+    path, want = tmp_path / "a.npz", embeddings()._replace(embeddings=torch.randn(len(NAMES), 4096))
+    store.write_embeddings(path, want)
+    content, numbers = path.read_bytes(), want.embeddings.numpy().tobytes()
+    for place, bit in ((0, 0), (30_000, 5), (len(numbers) - 4, 0)):
+        damaged = bytearray(content)
+        damaged[content.index(numbers) + place] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.npz is no file that .* Bad CRC-32 for file 'embeddings\.npy'"):
+            read_embeddings(path, mmap=True)
+
+
+def shifted(path, **fields):
+    """Numbers that do not begin at a multiple of their size."""
+    np.savez(path, n=np.zeros(1, np.uint8), **fields)
+
+
+def with_long_header(path, **fields):
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in fields.items():
+            with archive.open(f"{key}.npy", "w") as file:
+                np.lib.format.write_array(file, value, version=(2, 0))
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed, shifted, with_long_header], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", "<f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_cannot_be_mapped_is_read(write, kind, order, tmp_path):
+    want = np.arange(6).reshape(2, 3)
+    write(tmp_path / "a.npz", **{**GOOD, "embeddings": np.asarray(want, kind, order)})
+    got = read_embeddings(tmp_path / "a.npz", mmap=True).embeddings
+    assert got.dtype == torch.float32
+    assert np.array_equal(got, want)
+
+
+def test_a_disk_that_maps_nothing_is_read(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENODEV, "No such device")
+
+    store.write_embeddings(tmp_path / "a.npz", embeddings())
+    monkeypatch.setattr(np, "memmap", refuse)
+    assert_equal(read_embeddings(tmp_path / "a.npz", mmap=True), embeddings())
 
 
 def test_other_errors(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """That the benchmark compares like with like, and that its numbers are what they say."""
 
 import copy
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -207,6 +208,20 @@ def test_literal_reranking_has_the_same_settings(benchmark, settings):
     queries, gallery = (rng.normal(size=(n, 8)).astype(np.float32) for n in (7, 60))
     got = benchmark.retrieval.rerank(queries, gallery, **settings)
     np.testing.assert_allclose(got, benchmark.literal_retrieval.rerank(queries, gallery, **settings), atol=1e-5, rtol=0)
+
+
+def test_the_command_finds_what_sorted_rows_have_first(benchmark, tmp_path):
+    sides = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (30, 500)]
+    files = benchmark.build_files(("queries", "gallery"), sides, tmp_path)
+    found = []
+    for form, run in benchmark.FROM_FILES.items():
+        run(files, 20, tmp_path / form)
+        with open(tmp_path / form, newline="", encoding="utf-8") as file:
+            found.append(list(csv.reader(file)))
+    ours, want = found
+    assert len(want) == 1 + 30 * 20
+    assert [row[:3] for row in ours] == [row[:3] for row in want]
+    assert [float(row[3]) for row in ours[1:]] == pytest.approx([float(row[3]) for row in want[1:]], abs=2e-6)
 
 
 @pytest.mark.slow
