@@ -14,6 +14,7 @@ Conventions shared by all aggregators:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
@@ -375,6 +376,7 @@ class Criterion(nn.Module):
 
     Args:
         num_classes: identities in the training set; labels are 0 to ``num_classes - 1``.
+        model: the model or aggregator that is trained. Details of another width are refused; None: taken as they are.
 
     Attributes:
         weights: the factor of each term in the total, by name; a term that is not named counts once.
@@ -389,12 +391,13 @@ class Criterion(nn.Module):
         if "__init__" in vars(cls):
             cls.__init__ = checked(cls.__init__, but=("model",))  # type: ignore[method-assign]
 
-    @checked
-    def __init__(self, num_classes: int):
+    @partial(checked, but=("model",))
+    def __init__(self, num_classes: int, model: nn.Module | None = None):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be the number of training identities (>= 1), got {num_classes}.")
         self.num_classes = num_classes
+        self._num_features = None if model is None else aggregator_of(model).num_features
 
     def forward(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
         """Computes every term.
@@ -408,7 +411,8 @@ class Criterion(nn.Module):
 
         Raises:
             TypeError: an embedding in place of the details, or labels that are no whole numbers.
-            ValueError: not one label for each clip, or labels out of range (checked in eager mode only).
+            ValueError: not one label for each clip, or labels out of range (checked in eager mode only); details of
+                another model than the criterion was made for.
         """
         labels = self._check(details, labels)
         own = dict(chain(self.named_parameters(), self.named_buffers()))
@@ -423,7 +427,7 @@ class Criterion(nn.Module):
                     if name in other:
                         buffer.copy_(other[name])
             return terms
-        supervised = {name: tensor.to(dtype) for name, tensor in details.supervised.items()}
+        supervised = _Supervised({name: tensor.to(dtype) for name, tensor in details.supervised.items()})
         details = details._replace(embedding=details.embedding.to(dtype), supervised=supervised)
         with torch.autocast(details.embedding.device.type, enabled=False):
             terms = self.terms(details, labels)
@@ -461,7 +465,23 @@ class Criterion(nn.Module):
                 f"{name}: expected one label for each of the {len(details.embedding)} clips, got labels "
                 f"{list(labels.shape)}."
             )
+        width = details.embedding.shape[1]
+        if self._num_features not in (None, width):
+            raise ValueError(
+                f"{name}: expected embeddings of {self._num_features} numbers, got {width}: make the criterion with the "
+                "model that is trained."
+            )
         return labels
+
+
+class _Supervised(dict[str, Tensor]):
+    """What a model hands out for its own criterion; another's is told what it misses."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(
+            f"expected supervised[{key!r}] among the details, got {', '.join(self) or 'none'}: they come from another "
+            "aggregator than this criterion is for."
+        )
 
 
 def initial_classifier(in_features: int, num_classes: int, bias: bool = True) -> nn.Linear:

@@ -278,7 +278,7 @@ class FGRACriterion(Criterion):
         consistency_weight: float = 5e-4,
         centres: str = "learned",
     ):
-        super().__init__(num_classes)
+        super().__init__(num_classes, model)
         aggregator = aggregator_of(model)
         if not isinstance(aggregator, FGRA):
             raise TypeError(f"criterion 'fgra' reads what the aggregator FGRA gives, got {type(aggregator).__name__}.")

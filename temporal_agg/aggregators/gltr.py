@@ -274,7 +274,7 @@ class GLTRCriterion(Criterion):
     """
 
     def __init__(self, num_classes: int, model: nn.Module):
-        super().__init__(num_classes)
+        super().__init__(num_classes, model)
         self.classifier: nn.Module = initial_classifier(aggregator_of(model).num_features, num_classes)
 
     def terms(self, details: Details, labels: Tensor) -> dict[str, Tensor]:

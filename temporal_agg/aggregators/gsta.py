@@ -118,7 +118,7 @@ class GSTACriterion(Criterion):
     """
 
     def __init__(self, num_classes: int, model: nn.Module, margin: float = 0.4, pyramid_weight: float = 0.1):
-        super().__init__(num_classes)
+        super().__init__(num_classes, model)
         aggregator = aggregator_of(model)
         if pyramid_weight and not isinstance(aggregator, GSTA):
             raise TypeError(

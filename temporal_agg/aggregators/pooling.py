@@ -55,7 +55,7 @@ class BaselineCriterion(Criterion):
         neck: bool = False,
         distance: str = "euclidean",
     ):
-        super().__init__(num_classes)
+        super().__init__(num_classes, model)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be a share, from 0 to 1, got {label_smoothing!r}.")
         width = aggregator_of(model).num_features

@@ -5,7 +5,7 @@ import torch
 from helpers import small
 from torch.nn import functional as F
 
-from temporal_agg import Details, create_aggregator, create_criterion, list_criteria
+from temporal_agg import Criterion, Details, create_aggregator, create_criterion, list_criteria
 from temporal_agg.losses import ConsistencyLoss, TripletLoss
 
 
@@ -97,6 +97,34 @@ def test_errors_name_what_exists():
         create_criterion("baseline", 5, aggregator, mining="soft")
     with pytest.raises(ValueError, match=r"\[4, 8\] and \[3\]"):
         TripletLoss()(torch.randn(4, 8), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", list_criteria())
+def test_details_of_another_model_are_named(name):
+    system = {"baseline": "mean", "star": "gsta"}.get(name, name)
+    aggregator = create_aggregator(system, 16, **small(system))
+    criterion, labels, D = create_criterion(name, 3, aggregator), torch.arange(4) // 2, aggregator.num_features
+    if not name.startswith("grl"):  # which do not read the embedding
+        with pytest.raises(ValueError, match=rf"Criterion: expected embeddings of {D} numbers, got {D + 1}: make the "):
+            criterion(details_of(torch.randn(4, D + 1)), labels)
+    if name in ("baseline", "gltr", "gltr_released", "loga"):
+        assert criterion(details_of(torch.randn(4, D)), labels)["loss"].isfinite()
+        return
+    reads = {"fgra": "templates", "grl": "frames", "grl_released": "pooled"}.get(name, "features")
+    with pytest.raises(ValueError, match=rf"expected supervised\['{reads}'\] among the details, got none: they come"):
+        criterion(details_of(torch.randn(4, D)), labels)
+
+
+def test_a_criterion_of_ones_own_takes_any_width_where_it_does_not_say_the_model():
+    class Own(Criterion):
+        def terms(self, details, labels):
+            return {"length": details.embedding.norm(dim=1).mean()}
+
+    assert Own(3)(details_of(torch.ones(4, 9)), torch.arange(4) // 2)["loss"] == 3
+    with pytest.raises(ValueError, match="Own: expected embeddings of 8 numbers, got 9"):
+        Own(3, create_aggregator("mean", 8))(details_of(torch.ones(4, 9)), torch.arange(4) // 2)
+    with pytest.raises(TypeError, match="expected a TrackletModel or an Aggregator, got Linear"):
+        Own(3, torch.nn.Linear(2, 2))
 
 
 def fgra(num_classes, options=None, **aggregator_options):
