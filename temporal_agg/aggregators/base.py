@@ -468,8 +468,8 @@ class Criterion(nn.Module):
         width = details.embedding.shape[1]
         if self._num_features not in (None, width):
             raise ValueError(
-                f"{name}: expected embeddings of {self._num_features} numbers, got {width}: make the criterion with the "
-                "model that is trained."
+                f"{name}: expected embeddings of {self._num_features} numbers, got {width}: make the criterion with "
+                "the model that is trained."
             )
         return labels
 

@@ -160,7 +160,13 @@ def read_boxes(
             found.boxes.append(box)
         else:
             found.dropped[why] += 1
+    known = len(found.boxes)
     found.boxes = _once(found.boxes, found.dropped)
+    if columns is None and len(found.boxes) < known / 2:
+        raise ValueError(
+            f"{file}: read as {name}, {known - len(found.boxes)} of {known} boxes are of somebody who has another box "
+            "in that frame: the columns must be others. Say what they are by --columns."
+        )
     if not found.boxes:
         untracked = found.dropped[UNTRACKED]
         hint = " The boxes have no identity (id -1): run a tracker first." if untracked else ""

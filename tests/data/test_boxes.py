@@ -145,6 +145,18 @@ def test_what_cannot_be_told_is_asked_for(write, rows, says):
     assert str(file) in str(error.value)
 
 
+def test_columns_in_another_order_are_not_taken_for_the_usual_ones(write):
+    """AI City's results of several cameras: camera, identity, frame and a box, then the world."""
+    rows = [f"41 {person} {frame} {10 + frame} 20 60 160 -1 -1" for person in (1, 2) for frame in range(1, 5)]
+    file = write(*rows)
+    with pytest.raises(ValueError, match=r"boxes\.txt: read as mot .*, 6 of 8 boxes are of .* what they are by --colu"):
+        read_boxes(file)
+    found = read_boxes(file, "-,id,frame,left,top,width,height")
+    assert (ids(found), len(found.boxes)) == ([1, 2], 8)
+    assert found.boxes[-1] == Box(4, 2, 13, 19, 60, 160)  # pixels from 1 on
+    assert len(read_boxes(file, "mot").boxes) == 2  # who says so is believed
+
+
 def test_columns_by_name(write):
     nine = write(*(f"{f},1,20,60,40,120,1,1,0" for f in (1, 2)))
     assert len(read_boxes(nine, "boxmot").boxes) == 2
