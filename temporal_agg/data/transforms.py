@@ -1,22 +1,30 @@
 """Frames of a tracklet -> one normalised clip, with the same random draw for all of its frames."""
 
+import functools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, overload
 
 import torch
-import torchvision
 from torch import Tensor
-
-torchvision.disable_beta_transforms_warning()  # torchvision 0.15 says about the next line that it may change
-from torchvision.transforms import v2  # noqa: E402
-from torchvision.transforms.v2 import functional as F  # noqa: E402
 
 __all__ = ["ClipTransform"]
 
 FILLS = ("zero", "random")
 ASPECT = (0.3, 3.3)  # height / width of an erased rectangle
 CPU = torch.device("cpu")  # said everywhere, so that the caller's default device and type do not matter
+
+
+@functools.cache
+def import_torchvision() -> ModuleType:
+    """torchvision's transforms, imported for the first clip: that takes as long as torch, and much does without."""
+    import torchvision
+
+    torchvision.disable_beta_transforms_warning()  # torchvision 0.15 says about the next line that it may change
+    from torchvision.transforms import v2
+
+    return v2
 
 
 class ClipTransform:
@@ -74,6 +82,7 @@ class ClipTransform:
             raise ValueError(f"erasing_fill must be one of {', '.join(FILLS)}, got {erasing_fill!r}.")
         if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean!r} and {std!r}.")
+        v2 = import_torchvision()
         kinds = [mode.value for mode in v2.InterpolationMode]
         if interpolation not in kinds:
             raise ValueError(f"interpolation must be one of {', '.join(kinds)}, got {interpolation!r}.")
@@ -156,13 +165,14 @@ class ClipTransform:
 
     def resize(self, frames: Sequence[Tensor]) -> Tensor:
         """Frames, uint8 ``[3, h, w]`` each -> uint8 ``[T, 3, H, W]``; in training of the size before the crop."""
+        F = import_torchvision().functional
         return torch.stack(
             [F.resize(frame, self.resized, interpolation=self.interpolation, antialias=True) for frame in frames]
         )
 
     def resize_flow(self, flow: Sequence[Tensor]) -> Tensor:
         """Flow, float32 ``[2, h, w]`` each, in pixels of its size -> ``[T, 2, H, W]``, in pixels of that size."""
-        height, width = self.resized
+        F, (height, width) = import_torchvision().functional, self.resized
         return torch.stack(
             [
                 F.resize(vectors, self.resized, antialias=True)
@@ -181,6 +191,7 @@ class ClipTransform:
             clip = clip.flip(-1)
             flow = None if flow is None else flow.flip(-1) * _numbers(-1.0, 1.0)
         if self.crops:
+            F = import_torchvision().functional
             spare = [have + 2 * self.pad - side for have, side in zip(self.resized, self.size, strict=True)]
             corner = [_integer(room + 1, generator) for room in spare]
             clip = F.crop(F.pad(clip, [self.pad]), *corner, *self.size)

@@ -1,9 +1,13 @@
-"""What is imported when: aggregators work without timm, models without the Hub's client until one is loaded."""
+"""What is imported when: aggregators work without timm and torchvision, models without the Hub's client until one is
+loaded; a search among files needs none of them."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from temporal_agg.retrieval import store
 
 BLOCK = """
 import sys
@@ -20,7 +24,7 @@ def run(blocked, code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocked", [("timm",), ("huggingface_hub",)], ids=lambda names: names[0])
+@pytest.mark.parametrize("blocked", [("timm", "torchvision"), ("huggingface_hub",)], ids=lambda names: names[0])
 def test_aggregators_criteria_and_models_of_ones_own_need_neither_timm_nor_the_hub(blocked):
     done = run(
         blocked,
@@ -47,7 +51,19 @@ def test_without_timm_a_model_says_what_to_install():
 
 
 @pytest.mark.slow
-def test_importing_the_package_loads_neither():
-    code = "import sys, temporal_agg; assert not {'timm', 'huggingface_hub'} & set(sys.modules), 'loaded'"
+@pytest.mark.parametrize("module", ["temporal_agg", "temporal_agg.cli"])
+def test_importing_the_package_loads_none(module):
+    code = f"import sys, {module}; assert not {{'timm', 'torchvision', 'huggingface_hub'}} & {{*sys.modules}}, 'loaded'"
     done = run((), code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_search_among_files_starts_without_them(tmp_path):
+    found = store.Embeddings(torch.eye(3), ["a", "b", "c"], None, None, "cosine", "m", False, "f")
+    store.write_embeddings(tmp_path / "a.npz", found)
+    file = str(tmp_path / "a.npz")
+    code = f"from temporal_agg import cli; sys.exit(cli.main(['search', {file!r}, {file!r}]))"
+    done = run(("timm", "torchvision", "huggingface_hub"), code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:3] == ["a", "1", "1.0000"]
