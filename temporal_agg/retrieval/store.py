@@ -230,7 +230,7 @@ def _mapped(file: IO[bytes], archive: zipfile.ZipFile, name: str) -> np.ndarray 
     if name not in archive.namelist():
         return None
     about = archive.getinfo(name)
-    with archive.open(about) as member:
+    with archive.open(name) as member:
         if about.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
             return None
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
