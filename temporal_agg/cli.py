@@ -176,6 +176,7 @@ def run_search(args: argparse.Namespace) -> None:
     if args.index is not None and args.rerank:
         raise ValueError("--rerank compares everything with everything: leave --index out.")
     check_output(args.output, args.overwrite, args.query, args.gallery, args.index, args.model)
+    before = os.stat(args.gallery) if args.gallery.is_file() else None
     gallery = read_embeddings(args.gallery, mmap=args.query.is_file())  # a folder takes long: until then it may change
     index = None if args.index is None else read_index(args.index, gallery, args.gallery)
     if args.query.is_dir():
@@ -192,10 +193,25 @@ def run_search(args: argparse.Namespace) -> None:
         query = read_embeddings(args.query)
         check_comparable(args.gallery, gallery, args.query, query.model, query.fingerprint)
     found = ranked(query, gallery, args.k, args.rerank, own_places(query, gallery), index, args.candidates)
+    if args.query.is_file():
+        found = of_same_file(found, args.gallery, before)
     if args.threshold is not None:
         found = identified(found, args.threshold)
     labelled = bool(query.pids and gallery.pids)
     put(args.output, args.overwrite, lambda file: show(found, args.format, file, labelled))
+
+
+def of_same_file(
+    found: Iterator[dict[str, Any]], path: Path, before: os.stat_result | None
+) -> Iterator[dict[str, Any]]:
+    """Raises before the first result where the gallery, which is mapped, was written into; it may be replaced."""
+    for i, result in enumerate(found):
+        if i == 0 and before is not None and path.is_file():
+            now = os.stat(path)
+            same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+            if (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino) and not same:
+                raise ValueError(f"{path} was written into while it was searched: search it again.")
+        yield result
 
 
 def own_places(query: Embeddings, gallery: Embeddings) -> Pairs:

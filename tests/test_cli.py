@@ -397,6 +397,31 @@ def test_a_gallery_may_be_written_into_while_a_folder_is_embedded(embed, folder,
     assert capsys.readouterr().out == want
 
 
+def test_a_gallery_that_is_written_into_while_it_is_searched_gives_no_result(plain, tmp_path, monkeypatch, capsys):
+    """It may be replaced: what was opened is searched."""
+    q, g = plain("q.npz", [[1.0, 0.0]], ["one"]), plain("g.npz", [[0.0, 1.0], [1.0, 0.1]], ["up", "right"])
+    content, nearest = (tmp_path / "g.npz").read_bytes(), cli.nearest
+
+    def replaced(*args):
+        (tmp_path / "new").write_bytes(content[:-1])
+        (tmp_path / "new").replace(g)
+        return nearest(*args)
+
+    def written(*args):
+        with open(g, "r+b") as file:
+            file.write(content)
+        os.utime(g, ns=(0, 1))
+        return nearest(*args)
+
+    monkeypatch.setattr(cli, "nearest", replaced)
+    assert cli.main(["search", q, g, "-k", "1", "--format", "csv"]) == 0
+    assert "one,1,right" in capsys.readouterr().out
+    (tmp_path / "g.npz").write_bytes(content)
+    monkeypatch.setattr(cli, "nearest", written)
+    assert cli.main(["search", q, g, "-k", "1", "--format", "csv"]) == 1
+    assert "g.npz was written into while it was searched: search it again" in capsys.readouterr().err
+
+
 def test_threshold_and_unknown(plain, tmp_path, capsys):
     rows = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
     q = plain("q.npz", [[1.0, 0.1], [1.0, 1.0]], ["near", "unknown"])

@@ -385,6 +385,7 @@ class Criterion(nn.Module):
 
     weights: Mapping[str, float] = MappingProxyType({})
     wants_pairs: bool = False
+    _num_features: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -397,7 +398,8 @@ class Criterion(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes must be the number of training identities (>= 1), got {num_classes}.")
         self.num_classes = num_classes
-        self._num_features = None if model is None else aggregator_of(model).num_features
+        if model is not None:
+            self._num_features = aggregator_of(model).num_features
 
     def forward(self, details: Details, labels: Tensor) -> dict[str, Tensor]:
         """Computes every term.
@@ -474,11 +476,15 @@ class Criterion(nn.Module):
         return labels
 
 
+class _Missing(KeyError, ValueError):
+    __str__ = ValueError.__str__  # a KeyError's is a repr
+
+
 class _Supervised(dict[str, Tensor]):
     """What a model hands out for its own criterion; another's is told what it misses."""
 
     def __missing__(self, key: str) -> Tensor:
-        raise ValueError(
+        raise _Missing(
             f"expected supervised[{key!r}] among the details, got {', '.join(self) or 'none'}: they come from another "
             "aggregator than this criterion is for."
         )

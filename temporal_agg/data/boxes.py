@@ -140,10 +140,12 @@ def read_boxes(
     lines = [(number, line) for number, line in lines if not line.lstrip().startswith("#")]
     if not lines:
         raise ValueError(f"{file} has no box: it is empty, missing frame, id, left, top, width and height.")
-    if columns is None and _is_header(lines[0][1]):
+    named = _is_header(lines[0][1])
+    told = columns is None and not named  # from the content
+    if columns is None and named:
         rows, layout, name = _from_csv(file, lines[0][1])
     else:
-        lines = lines[_is_header(lines[0][1]) :]  # the columns that were asked for count
+        lines = lines[named:]  # the columns that were asked for count
         if not lines:
             raise ValueError(f"{file} has no box below its header.")
         rows = [(f"{file}, line {number}", _numbers(line, f"{file}, line {number}")) for number, line in lines]
@@ -160,12 +162,13 @@ def read_boxes(
             found.boxes.append(box)
         else:
             found.dropped[why] += 1
-    known = len(found.boxes)
+    known = len({*found.boxes})
     found.boxes = _once(found.boxes, found.dropped)
-    if columns is None and len(found.boxes) < known / 2:
+    if told and len(found.boxes) < known / 2:
         raise ValueError(
             f"{file}: read as {name}, {known - len(found.boxes)} of {known} boxes are of somebody who has another box "
-            "in that frame: the columns must be others. Say what they are by --columns."
+            "in that frame: the columns are others, the file has several cameras, or nobody was tracked. Say what the "
+            "columns are by --columns, or make a file of each camera."
         )
     if not found.boxes:
         untracked = found.dropped[UNTRACKED]

@@ -127,7 +127,7 @@ def read_embeddings(path: str | os.PathLike, *, mmap: bool = False) -> Embedding
         if twice := _twice(found.names):
             raise ValueError(f"two of its tracklets are named {twice}")
     except Exception as error:  # numpy, zipfile, zlib and pyarrow raise what they stumble over
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened, say
             raise
         what = str(error) or type(error).__name__
         raise ValueError(f"{path} is no file that `temporal-agg embed` wrote, or it is damaged: {what}.") from error
@@ -203,6 +203,8 @@ def _read_npz(path: Path, mmap: bool) -> dict[str, Any]:
     with open(path, "rb") as file:  # once, as it may be replaced at any moment
         with zipfile.ZipFile(file) as archive:
             _bound(path, sum(member.file_size for member in archive.infolist()))
+            for name in archive.namelist():  # a field whose name is damaged would be missing
+                archive.open(name).close()
             mapped = _mapped(file, archive, "embeddings.npy") if mmap else None
         if mapped is not None:
             arrays["embeddings"] = mapped
@@ -238,11 +240,12 @@ def _mapped(file: IO[bytes], archive: zipfile.ZipFile, name: str) -> np.ndarray 
     file.seek(about.header_offset + 26)
     lengths = struct.unpack("<HH", file.read(4))  # of the name and of what else stands before the member
     start = file.tell() + sum(lengths)
-    if fortran or dtype != np.dtype("<f4") or (start + header) % dtype.itemsize:
+    whole = min(shape, default=0) >= 0 and header + 4 * math.prod(shape) == about.file_size
+    if fortran or dtype != np.dtype("<f4") or not whole or (start + header) % 4:
         return None
     try:
         content = np.memmap(file, np.uint8, "c", start, (about.file_size,))
-    except OSError:  # some file systems map nothing
+    except (OSError, ValueError):  # some file systems map nothing; a file that is cut
         return None
     if zlib.crc32(content.data) != about.CRC:
         raise zipfile.BadZipFile(f"Bad CRC-32 for file {name!r}")

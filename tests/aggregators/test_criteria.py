@@ -127,6 +127,21 @@ def test_a_criterion_of_ones_own_takes_any_width_where_it_does_not_say_the_model
         Own(3, torch.nn.Linear(2, 2))
 
 
+def test_a_criterion_may_ask_for_what_there_may_not_be():
+    class Own(Criterion):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.num_classes = 3
+
+        def terms(self, details, labels):
+            try:
+                return {"extra": details.supervised["extra"].sum()}
+            except KeyError:
+                return {"length": details.embedding.norm(dim=1).mean()}
+
+    assert Own()(details_of(torch.ones(4, 9)), torch.arange(4) // 2)["loss"] == 3
+
+
 def fgra(num_classes, options=None, **aggregator_options):
     """A small FGRA, its criterion with centres away from zero, and the details and labels of six clips."""
     torch.manual_seed(0)

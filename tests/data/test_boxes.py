@@ -149,12 +149,14 @@ def test_columns_in_another_order_are_not_taken_for_the_usual_ones(write):
     """AI City's results of several cameras: camera, identity, frame and a box, then the world."""
     rows = [f"41 {person} {frame} {10 + frame} 20 60 160 -1 -1" for person in (1, 2) for frame in range(1, 5)]
     file = write(*rows)
-    with pytest.raises(ValueError, match=r"boxes\.txt: read as mot .*, 6 of 8 boxes are of .* what they are by --colu"):
+    with pytest.raises(ValueError, match=r"boxes\.txt: read as mot .*, 6 of 8 boxes are of .* what the columns are by --colu"):
         read_boxes(file)
     found = read_boxes(file, "-,id,frame,left,top,width,height")
     assert (ids(found), len(found.boxes)) == ([1, 2], 8)
     assert found.boxes[-1] == Box(4, 2, 13, 19, 60, 160)  # pixels from 1 on
     assert len(read_boxes(file, "mot").boxes) == 2  # who says so is believed
+    usual = [f"{frame},{person},10,20,60,160,0.9,-1,-1,-1" for person in (1, 2) for frame in range(1, 5)]
+    assert len(read_boxes(write(*usual * 3)).boxes) == 8  # copies are no other boxes
 
 
 def test_columns_by_name(write):

@@ -351,6 +351,38 @@ def test_what_cannot_be_mapped_is_read(write, kind, order, tmp_path):
     assert np.array_equal(got, want)
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_field_whose_name_is_damaged_is_not_left_out(mmap, tmp_path):
+    path = tmp_path / "a.npz"
+    store.write_embeddings(path, embeddings())
+    content = path.read_bytes()
+    place = content.rindex(b"change.npy")  # in the directory at the end
+    path.write_bytes(content[:place] + b"d" + content[place + 1 :])
+    with pytest.raises(ValueError, match=r"a\.npz is no file that .* differ"):
+        read_embeddings(path, mmap=mmap)
+    start = content.index(b"PK\1\2")
+    path.write_bytes(content[: start - 40] + content[start:])  # zipfile seeks to a place before the file
+    with pytest.raises(ValueError, match=r"a\.npz is no file that "):
+        read_embeddings(path, mmap=mmap)
+
+
+def test_mapped_is_what_is_read_whatever_the_header_says(tmp_path):
+    numbers = np.arange(6, dtype="<f4")
+    for shape, more in (("(2, 3)", b""), ("(2, 3)", bytes(8)), ("(-1, 3)", b""), ("(-2, -3)", b""), ("(6,)", b"")):
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        np.savez(tmp_path / "a.npz", **{key: value for key, value in GOOD.items() if key != "embeddings"})
+        with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+            archive.writestr("embeddings.npy", b"\x93NUMPY\1\0v\0" + header + numbers.tobytes() + more)
+        found = []
+        for mmap in (False, True):
+            try:
+                found.append(read_embeddings(tmp_path / "a.npz", mmap=mmap).embeddings.tolist())
+            except ValueError as error:
+                found.append(str(error))
+        assert found[0] == found[1]
+        assert isinstance(found[0], list) == (shape == "(2, 3)")
+
+
 def test_a_disk_that_maps_nothing_is_read(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENODEV, "No such device")
