@@ -149,7 +149,7 @@ def test_columns_in_another_order_are_not_taken_for_the_usual_ones(write):
     """AI City's results of several cameras: camera, identity, frame and a box, then the world."""
     rows = [f"41 {person} {frame} {10 + frame} 20 60 160 -1 -1" for person in (1, 2) for frame in range(1, 5)]
     file = write(*rows)
-    with pytest.raises(ValueError, match=r"boxes\.txt: read as mot .*, 6 of 8 boxes are of .* what the columns are by --colu"):
+    with pytest.raises(ValueError, match=r"boxes\.txt: read as mot .*, 6 of 8 boxes are .* what the columns are by"):
         read_boxes(file)
     found = read_boxes(file, "-,id,frame,left,top,width,height")
     assert (ids(found), len(found.boxes)) == ([1, 2], 8)
